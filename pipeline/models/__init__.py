@@ -1,0 +1,61 @@
+"""Checkpoints to models: one file per family, one line each in `FAMILIES`. Importing this loads no torch.
+
+What a forward pass gives is a dict of named features, and a caller names the ones it wants, so nothing unasked is
+computed or kept. Names (B batch, T tokens, D width, h w map size):
+
+    pooled              (B, D)        the family's own image vector, as its file says
+    pooled:cls          (B, D)        the class token        } without any pooling layer's own weights
+    pooled:mean         (B, D)        mean over the patches  }
+    logits              (B, K)        the classification head; `logits:<head>` where there are several
+    tokens              (B, T, D)     last hidden state, as the reference's `last_hidden_state`
+    tokens:<k>          (B, T, D)     `hidden_states[k]` of the reference, k = 0 is the embedding's output
+    feature_maps:<name> (B, C, h, w)  a backbone's stage (`stem`, `stage1`, ...)
+    attentions:<k>      (B, H, T, T)  attention weights of layer k, from 0
+    segmentation        (B, K, h, w)  per-class maps, before upsampling to the image
+    visual_tokens       (B, N, V)     scores over the visual vocabulary for every patch (masked image modelling)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Protocol
+
+from pipeline.preprocess import PreprocessSettings
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+FAMILIES = {
+    "levit": "pipeline.models.levit",
+    "vit_msn": "pipeline.models.vit_msn",
+}
+
+
+@dataclass(frozen=True)
+class Card:
+    """What is known of a model before an image is seen: identity, sizes, and what it can give.
+
+    `gives` maps each feature's name to its shape without the batch, at this image size."""
+
+    name: str
+    family: str
+    source: str
+    weights_hash: str
+    config: Mapping[str, Any]
+    preprocess: PreprocessSettings
+    gives: Mapping[str, tuple[int, ...]]
+    embedding: str  # one sentence: what `pooled` means here
+    labels: tuple[str, ...] = ()  # by class id; () where there is no head
+    parameters: int = 0
+    notes: tuple[str, ...] = field(default=())
+
+
+class Backbone(Protocol):
+    """What a family's module is: plain torch, normalised float pixels in, the wanted features out."""
+
+    def gives(self) -> dict[str, tuple[int, ...]]:
+        """Features that this module can give, each with its shape without the batch."""
+
+    def __call__(self, x_BCHW: Tensor, wants: frozenset[str], **inputs: Tensor) -> dict[str, Tensor]:
+        """x_BCHW float, normalised -> the wanted features, by name. `mask_BN` (bool) is the one optional input."""
