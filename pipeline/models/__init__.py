@@ -59,3 +59,41 @@ class Backbone(Protocol):
 
     def __call__(self, x_BCHW: Tensor, wants: frozenset[str], **inputs: Tensor) -> dict[str, Tensor]:
         """x_BCHW float, normalised -> the wanted features, by name. `mask_BN` (bool) is the one optional input."""
+
+
+@dataclass(frozen=True)
+class Published:
+    """A checkpoint that its authors published: what is needed to build it without its files, and what was claimed."""
+
+    repo: str  # org/name on the hub
+    architecture: str  # the reference class in its config.json
+    config: Mapping[str, Any]  # what its config.json says beyond the family's defaults
+    preprocessor: Mapping[str, Any]  # its preprocessor_config.json
+    parameters: int
+    gmacs: float  # multiply-accumulates of one image at `image_size`, in 1e9
+    image_size: int
+    accuracy: str = ""  # as published, with its source
+
+
+class Family(Protocol):
+    """What a family's module file offers to the loader, as module-level names."""
+
+    MODEL_TYPE: str  # `model_type` in config.json
+    PREFIX: str  # base prefix that names on disk may have, per key: "levit."
+    PROCESSOR: str  # image processor class when preprocessor_config.json is absent or names none
+    EMBEDDING: str  # one sentence: what `pooled` means
+    KEYS: Mapping[str, str]  # name on disk (prefix stripped, `{}` for each number) -> our name, every dialect
+    UNUSED: tuple[str, ...]  # patterns of names on disk that inference does not read
+    PUBLISHED: tuple[Published, ...]
+
+    def read_settings(self, config: Mapping[str, Any]) -> Any:
+        """config.json -> the family's frozen Settings. Unknown keys are tolerated; a value that cannot work raises
+        CheckpointError with what, where and what to try."""
+
+    def build(self, settings: Any, names: frozenset[str]) -> Backbone:
+        """The plain, readable module, with the heads that the checkpoint has: `names` are the names on disk, prefix
+        stripped. Built under `torch.device("meta")` by the loader, then filled all or nothing."""
+
+    def fold(self, module: Backbone, dtype: Any) -> Backbone:
+        """The fast form of a filled plain module: whatever depends only on weights is computed once, in float64 or
+        float32, then cast to `dtype`. Equal within the tolerance that its test states."""
