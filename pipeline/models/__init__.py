@@ -82,18 +82,24 @@ class Family(Protocol):
     PREFIX: str  # base prefix that names on disk may have, per key: "levit."
     PROCESSOR: str  # image processor class when preprocessor_config.json is absent or names none
     EMBEDDING: str  # one sentence: what `pooled` means
-    KEYS: Mapping[str, str]  # name on disk (prefix stripped, `{}` for each number) -> our name, every dialect
-    UNUSED: tuple[str, ...]  # patterns of names on disk that inference does not read
+    KEYS: Mapping[str, str]  # name on disk (prefix stripped, `{}` for each number) -> our name, every dialect.
+    # A key covers itself and whatever follows a dot (`.weight`); the longest one that fits is taken.
+    UNUSED: tuple[str, ...]  # fnmatch patterns of names on disk (prefix stripped) that inference does not read
+    HEADS: Mapping[str, tuple[str, ...]]  # reference class -> the names that `build` looks for in its files (for
+    # `weights: random(seed)`, where there are no files to look into)
     PUBLISHED: tuple[Published, ...]
 
-    def read_settings(self, config: Mapping[str, Any]) -> Any:
-        """config.json -> the family's frozen Settings. Unknown keys are tolerated; a value that cannot work raises
-        CheckpointError with what, where and what to try."""
+    def read_settings(self, config: Mapping[str, Any], size_HW: tuple[int, int]) -> Any:
+        """config.json, and the size of what reaches the model -> the family's frozen Settings. Unknown keys are
+        tolerated; a value that cannot work, or a size that the architecture cannot take, raises CheckpointError with
+        what, where and what to try."""
 
     def build(self, settings: Any, names: frozenset[str]) -> Backbone:
         """The plain, readable module, with the heads that the checkpoint has: `names` are the names on disk, prefix
-        stripped. Built under `torch.device("meta")` by the loader, then filled all or nothing."""
+        stripped. Built under `torch.device("meta")` by the loader, then filled all or nothing; a buffer that is not
+        on disk must be made with an explicit `device="cpu"`, or later."""
 
     def fold(self, module: Backbone, dtype: Any) -> Backbone:
         """The fast form of a filled plain module: whatever depends only on weights is computed once, in float64 or
-        float32, then cast to `dtype`. Equal within the tolerance that its test states."""
+        float32, then cast to `dtype`, on the device where the module's weights are. Equal within the tolerance that
+        its test states."""
