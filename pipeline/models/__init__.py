@@ -26,10 +26,63 @@ from pipeline.preprocess import PreprocessSettings
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from pipeline.models.model import Model
+
 FAMILIES = {
     "levit": "pipeline.models.levit",
     "vit_msn": "pipeline.models.vit_msn",
 }
+
+
+def load_model(
+    model: str,
+    *,
+    name: str | None = None,
+    dtype: str = "float32",
+    device: str = "cpu",
+    image_size: int | tuple[int, int] | None = None,
+    weights: str | None = None,
+    storage_options: Mapping[str, object] | None = None,
+    fast: bool = True,
+) -> Model:
+    """A folder, any URI of one, or `org/name@revision` -> a callable from images to features.
+
+    `dtype` is float32, bfloat16, float16 or auto; `image_size` is what reaches the model, where it is not the
+    checkpoint's own; `weights="random(0)"` builds a published model without its files; `fast=False` keeps the plain
+    form. Raises UnknownModel, CheckpointError, MissingDependency, StorageError."""
+    from pipeline.models import model as loader
+
+    return loader.load_model(
+        model,
+        name=name,
+        dtype=dtype,
+        device=device,
+        image_size=image_size,
+        weights=weights,
+        storage_options=storage_options,
+        fast=fast,
+    )
+
+
+def read_card(
+    model: str,
+    *,
+    name: str | None = None,
+    image_size: int | tuple[int, int] | None = None,
+    weights: str | None = None,
+    storage_options: Mapping[str, object] | None = None,
+) -> Card:
+    """What `load_model(...).card` would be, without filling the weights (they are hashed)."""
+    from pipeline.models import model as loader
+
+    return loader.read_card(model, name=name, image_size=image_size, weights=weights, storage_options=storage_options)
+
+
+def published() -> list[tuple[Family, Published]]:
+    """Every checkpoint that a family knows by name, for the catalogue."""
+    from pipeline.models import model as loader
+
+    return loader.published()
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,327 @@
+"""A checkpoint's folder to a filled module, all or nothing, and the hash of its weights.
+
+* Weights are read from `model.safetensors`, its sharded form with an index, or `pytorch_model.bin`, the last only
+  through torch's reader that runs no code. An index may name files in its own folder and nothing else.
+* Names on disk lose the family's base prefix where they have it (the reference writes files where only some do), then
+  go through the family's table, which knows every dialect.
+* float16 and bfloat16 tensors become float32 before anything is computed from them.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import functools
+import hashlib
+import json
+import pickle
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from pipeline.errors import CheckpointError
+from pipeline.models import Family
+
+WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
+INDEX = ".index.json"
+NAMED_IN_ERRORS = 4
+CHUNK_BYTES = 8 << 20
+
+
+class Weights(Protocol):
+    """Where a module's numbers come from: files, or a seed."""
+
+    def names(self, family: Family) -> frozenset[str]:
+        """Names on disk, base prefix stripped."""
+
+    def hash(self) -> str:
+        """64 hex digits that change when any weight does."""
+
+    def fill(self, module: nn.Module, family: Family) -> None:
+        """Give every parameter and buffer of a meta module its float32 value, or raise CheckpointError."""
+
+
+@dataclass(frozen=True)
+class FileWeights:
+    """The weight files of one checkpoint, in the order of their names."""
+
+    folder: Path
+    files: tuple[Path, ...]
+
+    def names(self, family: Family) -> frozenset[str]:
+        return frozenset(stripped(name, family.PREFIX) for path in self.files for name in _names_in(path))
+
+    def hash(self) -> str:
+        """sha256 over each file's name, size and bytes."""
+        digest = hashlib.sha256()
+        for path in self.files:
+            digest.update(f"{path.name}\0{path.stat().st_size}\0".encode())
+            for chunk in _chunks(path):
+                digest.update(chunk)
+        return digest.hexdigest()
+
+    def fill(self, module: nn.Module, family: Family) -> None:
+        wanted = expected(module)
+        found: dict[str, tuple[str, Tensor]] = {}
+        surplus: list[str] = []
+        for name, tensor in self._tensors():
+            ours = own_name(stripped(name, family.PREFIX), family.KEYS)
+            if ours in found:
+                raise CheckpointError(
+                    f"{self.folder}: `{name}` and `{found[ours][0]}` are both `{ours}`",
+                    hint="the files mix two layouts; save the model again with one version of its library",
+                )
+            if ours in wanted:
+                found[ours] = (name, tensor)
+            elif not unused(stripped(name, family.PREFIX), family.UNUSED):
+                surplus.append(f"{name} {tuple(tensor.shape)}")
+        self._refuse_misfits(wanted, found, surplus, family)
+        assign(module, {ours: self._float32(*pair) for ours, pair in found.items()})
+
+    def _tensors(self) -> Iterator[tuple[str, Tensor]]:
+        for path in self.files:
+            yield from _tensors_in(path)
+
+    def _float32(self, name: str, tensor: Tensor) -> Tensor:
+        if not tensor.is_floating_point():
+            message = f"{self.folder}: `{name}` is {tensor.dtype}, not a float"
+            raise CheckpointError(message, hint="quantised checkpoints are not supported; use the float one")
+        return tensor.detach().to(torch.float32).contiguous()
+
+    def _refuse_misfits(
+        self,
+        wanted: Mapping[str, tuple[int, ...]],
+        found: Mapping[str, tuple[str, Tensor]],
+        surplus: Sequence[str],
+        family: Family,
+    ) -> None:
+        missing = [f"{name} {shape}" for name, shape in wanted.items() if name not in found]
+        misshapen = [
+            f"{name} is {tuple(tensor.shape)}, config.json makes it {wanted[ours]}"
+            for ours, (name, tensor) in found.items()
+            if tuple(tensor.shape) != wanted[ours]
+        ]
+        faults = {"missing": missing, "unexpected": surplus, "misshapen": misshapen}
+        lines = [f"  {len(names)} {fault}: {_few(names)}" for fault, names in faults.items() if names]
+        if lines:
+            message = "\n".join(
+                [f"{self.folder}: the weights do not fit `{family.MODEL_TYPE}` as config.json says", *lines]
+            )
+            raise CheckpointError(message, hint=_what_to_try(missing, surplus, misshapen))
+
+
+@dataclass(frozen=True)
+class RandomWeights:
+    """`weights: random(seed)`: no files, for rehearsals and benchmarks. Outputs are neither constant nor NaN."""
+
+    seed: int
+    model_type: str
+    architecture: str
+    config: Mapping[str, Any]
+
+    def names(self, family: Family) -> frozenset[str]:
+        return frozenset(family.HEADS.get(self.architecture, ()))
+
+    def hash(self) -> str:
+        said = json.dumps([self.seed, self.model_type, self.architecture, self.config], sort_keys=True, default=list)
+        return hashlib.sha256(f"random {said}".encode()).hexdigest()
+
+    def fill(self, module: nn.Module, family: Family) -> None:
+        generator = torch.Generator().manual_seed(self.seed)
+        assign(module, {name: _random(name, shape, generator) for name, shape in expected(module).items()})
+
+
+def weight_files(folder: Path) -> FileWeights:
+    """The weights of a checkpoint's folder. Raises CheckpointError where there are none, or they point elsewhere."""
+    for name in WEIGHT_FILES:
+        if (folder / name).is_file():
+            return FileWeights(folder, (folder / name,))
+        if (folder / (name + INDEX)).is_file():
+            return FileWeights(folder, _indexed(folder, name + INDEX))
+    hint = "save it with `save_pretrained(..., safe_serialization=True)`"
+    seen = sorted(path.name for path in folder.iterdir() if path.is_file())
+    raise CheckpointError(f"{folder}: no weights: neither {' nor '.join(WEIGHT_FILES)}, found {_few(seen)}", hint=hint)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object. Raises CheckpointError for a missing or broken file."""
+    try:
+        content = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise CheckpointError(
+            f"{path}: no such file", hint="a checkpoint's folder holds config.json and weights"
+        ) from None
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: not readable as JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path}: holds {type(content).__name__}, not an object")
+    return content
+
+
+def num_labels(config: Mapping[str, Any]) -> int:
+    """How many classes config.json names; the reference's default is 2."""
+    names = config.get("id2label")
+    if isinstance(names, Mapping):
+        return len(names)
+    count = config.get("num_labels", 2)
+    if not isinstance(count, int) or isinstance(count, bool) or count < 0:
+        raise CheckpointError(f"config.json: num_labels: `{count}` is not a count")
+    return count
+
+
+def label_names(config: Mapping[str, Any]) -> tuple[str, ...]:
+    """Names by class id, LABEL_0 and so on where config.json has none."""
+    names = config.get("id2label")
+    if not isinstance(names, Mapping):
+        return tuple(f"LABEL_{index}" for index in range(num_labels(config)))
+    try:
+        by_id = {int(index): str(name) for index, name in names.items()}
+    except ValueError:
+        raise CheckpointError(f"config.json: id2label: ids must be numbers, not {_few(map(str, names))}") from None
+    if sorted(by_id) != list(range(len(by_id))):
+        raise CheckpointError(f"config.json: id2label: {len(by_id)} ids that are not 0 to {len(by_id) - 1}")
+    return tuple(by_id[index] for index in range(len(by_id)))
+
+
+def stripped(name: str, prefix: str) -> str:
+    return name.removeprefix(prefix)
+
+
+def own_name(name: str, keys: Mapping[str, str]) -> str:
+    """A name on disk -> ours; names that the table does not know stay as they are."""
+    for pattern, template in _compiled(tuple(keys.items())):
+        match = pattern.match(name)
+        if match:
+            return template.format(*match.groups()[:-1]) + match.groups()[-1]
+    return name
+
+
+def unused(name: str, patterns: Iterable[str]) -> bool:
+    return name.endswith("num_batches_tracked") or any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def expected(module: nn.Module) -> dict[str, tuple[int, ...]]:
+    """Names and shapes that a module needs; counters that only training reads are not among them."""
+    return {name: tuple(t.shape) for name, t in module.state_dict().items() if not name.endswith("num_batches_tracked")}
+
+
+def assign(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Put the tensors in place of a meta module's, and make it ready for inference."""
+    counters = {name: torch.tensor(0) for name in module.state_dict() if name.endswith("num_batches_tracked")}
+    module.load_state_dict({**tensors, **counters}, strict=True, assign=True)
+    left = [name for name, tensor in (*module.named_parameters(), *module.named_buffers()) if tensor.is_meta]
+    assert not left, f"buffers made on the meta device: {left}"
+    module.eval().requires_grad_(False)
+
+
+@functools.lru_cache(maxsize=32)
+def _compiled(keys: tuple[tuple[str, str], ...]) -> tuple[tuple[re.Pattern[str], str], ...]:
+    longest_first = sorted(keys, key=lambda pair: (-pair[0].count("."), pair[0].count("{}"), pair[0]))
+    return tuple(
+        (re.compile(re.escape(key).replace(r"\{\}", r"(\d+)") + r"((?:\..+)?)$"), ours) for key, ours in longest_first
+    )
+
+
+def _indexed(folder: Path, index_name: str) -> tuple[Path, ...]:
+    weight_map = read_json(folder / index_name).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(f"{folder / index_name}: no `weight_map`")
+    files = sorted({str(name) for name in weight_map.values()})
+    for name in files:
+        if Path(name).name != name or "\\" in name or name in ("", ".", ".."):
+            raise CheckpointError(f"{folder / index_name}: `{name}` is outside the checkpoint's folder")
+        if not (folder / name).is_file():
+            raise CheckpointError(f"{folder / index_name}: names `{name}`, which is not there", hint="fetch it again")
+    return tuple(folder / name for name in files)
+
+
+def _names_in(path: Path) -> list[str]:
+    if path.suffix == ".safetensors":
+        with _opened(path) as file:
+            return list(file.keys())
+    return list(_unpickled(path))
+
+
+def _tensors_in(path: Path) -> Iterator[tuple[str, Tensor]]:
+    if path.suffix != ".safetensors":
+        yield from _unpickled(path).items()
+        return
+    with _opened(path) as file:
+        for name in file.keys():  # noqa: SIM118 - not a dict
+            yield name, file.get_tensor(name)
+
+
+def _opened(path: Path) -> Any:
+    try:
+        return safe_open(path, framework="pt")
+    except (SafetensorError, OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: not a whole safetensors file: {error}", hint=_refetch(path)) from None
+
+
+def _unpickled(path: Path) -> dict[str, Tensor]:
+    try:
+        content = _torch_load(path)
+    except pickle.UnpicklingError:
+        hint = "it was not run; ask the author for safetensors, or save the tensors alone"
+        raise CheckpointError(f"{path}: holds pickled code, or is not a torch file", hint=hint) from None
+    except (RuntimeError, OSError, EOFError, ValueError, KeyError) as error:
+        raise CheckpointError(f"{path}: not a whole torch file: {_first_line(error)}", hint=_refetch(path)) from None
+    if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
+        raise CheckpointError(f"{path}: not a table of tensors", hint="save `model.state_dict()` alone")
+    return content
+
+
+def _torch_load(path: Path) -> Any:
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except RuntimeError as error:
+        if "mmap" not in str(error):  # files of torch before 1.6 are no archives and cannot be mapped
+            raise
+        return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def _chunks(path: Path) -> Iterator[bytes]:
+    with path.open("rb") as file:
+        while chunk := file.read(CHUNK_BYTES):
+            yield chunk
+
+
+def _refetch(path: Path) -> str:
+    with path.open("rb") as file:
+        start = file.read(64)
+    if start.startswith(b"version https://git-lfs"):
+        return "this is a git-lfs pointer: run `git lfs pull` in its repository"
+    return "it may have been cut short: fetch it again"
+
+
+def _random(name: str, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    leaf = name.rpartition(".")[-1]
+    if leaf == "running_var" or (leaf == "weight" and len(shape) == 1):
+        return 1 + 0.05 * torch.rand(shape, generator=generator)
+    if len(shape) < 2 or leaf != "weight":
+        return 0.02 * torch.randn(shape, generator=generator)
+    fan_in = torch.Size(shape[1:]).numel()
+    return torch.randn(shape, generator=generator).mul_(fan_in**-0.5)
+
+
+def _what_to_try(missing: Sequence[str], surplus: Sequence[str], misshapen: Sequence[str]) -> str:
+    if misshapen and not missing and not surplus:
+        return "config.json and the weights are of two different models; take both from the same place"
+    if missing and not surplus and not misshapen:
+        return "the file is incomplete, or config.json says more layers or heads than were trained"
+    return "check that config.json belongs to these weights, and `model_type` to this architecture"
+
+
+def _few(names: Iterable[str]) -> str:
+    names = list(names)
+    shown = ", ".join(names[:NAMED_IN_ERRORS])
+    return shown + (f" and {len(names) - NAMED_IN_ERRORS} more" if len(names) > NAMED_IN_ERRORS else "") or "nothing"
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]

@@ -1,0 +1,271 @@
+"""A named checkpoint to a callable: images, or uint8 crops, to named features.
+
+Shapes: B batch, H W the model's input size, C channels.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, cast, get_args
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+
+from pipeline.errors import CheckpointError, InputError, OutputUnavailable, UnknownModel, nearest
+from pipeline.models import FAMILIES, Backbone, Card, Family, Published
+from pipeline.models.checkpoint import RandomWeights, Weights, label_names, read_json, weight_files
+from pipeline.models.hub import CONFIG, PREPROCESSOR, find
+from pipeline.preprocess import Preprocessor, PreprocessSettings, normalize_on_device, read_settings
+from pipeline.schema import Bad, Pixels
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+Dtype = Literal["float32", "bfloat16", "float16"]
+UInt8s = npt.NDArray[np.uint8]
+DEFAULT_WANTS = ("pooled", "logits")
+
+
+class Features(dict[str, Tensor]):
+    """Features by name, also as attributes: `features.pooled`, `features["tokens:4"]`."""
+
+    def __getattr__(self, name: str) -> Tensor:
+        try:
+            return self[name]
+        except KeyError:
+            raise AttributeError(f"no feature `{name}` was asked for; there are {', '.join(self)}") from None
+
+
+class Model:
+    """A loaded checkpoint. Call it with images, or hand it crops with `forward_pixels`."""
+
+    def __init__(self, card: Card, backbone: Backbone, dtype: torch.dtype, device: torch.device) -> None:
+        self.card, self.backbone, self.dtype, self.device = card, backbone, dtype, device
+
+    def __call__(self, images: Sequence[Image.Image | UInt8s], wants: Iterable[str] | None = None) -> Features:
+        """PIL images or uint8 (H, W, 3) arrays of any size -> features on the host, float32. Without `wants`: the
+        pooled vector and the logits, where the checkpoint has them."""
+        asked = frozenset(DEFAULT_WANTS) & self.card.gives.keys() if wants is None else frozenset(wants)
+        crops = [self._crop(index, image) for index, image in enumerate(images)]
+        if not crops:
+            raise InputError("no images were given")
+        features = self.forward_pixels(np.stack(crops), asked)
+        return Features({name: tensor.cpu() for name, tensor in features.items()})
+
+    def forward_pixels(self, x_BHWC: UInt8s | Tensor, wants: frozenset[str], **inputs: Any) -> dict[str, Tensor]:
+        """uint8 crops of the model's size -> the wanted features in float32, on the model's device. `inputs` are the
+        backbone's further ones (`mask_BN`), tensors or arrays."""
+        self.refuse_unknown(wants)
+        pixels_BHWC = torch.as_tensor(x_BHWC).to(self.device, non_blocking=True)
+        self._refuse_other_sizes(pixels_BHWC)
+        extra = {name: torch.as_tensor(value).to(self.device) for name, value in inputs.items()}
+        with torch.inference_mode():
+            x_BCHW = normalize_on_device(pixels_BHWC, self.card.preprocess, self.dtype)
+            features = self.backbone(x_BCHW, wants, **extra)
+            return {name: features[name].float() for name in sorted(wants)}
+
+    def refuse_unknown(self, wants: frozenset[str]) -> None:
+        """Raises OutputUnavailable for a feature that this checkpoint cannot give, naming those that it can."""
+        for name in sorted(wants - self.card.gives.keys()):
+            message = f"`{self.card.name}` ({self.card.source}) cannot give `{name}`"
+            hint = nearest(name, self.card.gives) or "ask for one of these, or take a checkpoint that has it"
+            raise OutputUnavailable(message, known=self.card.gives, hint=hint)
+
+    def _refuse_other_sizes(self, pixels_BHWC: Tensor) -> None:
+        height, width = self.card.preprocess.size_HW
+        if (
+            pixels_BHWC.dim() != 4
+            or pixels_BHWC.dtype != torch.uint8
+            or tuple(pixels_BHWC.shape[1:3]) != (height, width)
+        ):
+            got = f"{pixels_BHWC.dtype} {tuple(pixels_BHWC.shape)}"
+            raise InputError(f"`{self.card.name}` takes uint8 crops (batch, {height}, {width}, channels), not {got}")
+
+    @cached_property
+    def _preprocessor(self) -> Preprocessor:
+        return Preprocessor(self.card.preprocess)
+
+    def _crop(self, index: int, image: Image.Image | UInt8s) -> UInt8s:
+        crop = self._preprocessor(Pixels(_rgb(index, image)))
+        if isinstance(crop, Bad):
+            raise InputError(f"images[{index}]: {crop.reason}: {crop.message}")
+        return crop
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A checkpoint that was found and read, but whose weights were not filled in."""
+
+    name: str
+    source: str
+    family: Family
+    config: Mapping[str, Any]
+    preprocess: PreprocessSettings
+    weights: Weights
+
+    @cached_property
+    def module(self) -> Backbone:
+        """The family's plain module on the meta device."""
+        names = self.weights.names(self.family)
+        settings = self.family.read_settings(self.config, self.preprocess.size_HW)
+        with torch.device("meta"):
+            return self.family.build(settings, names)
+
+    def card(self) -> Card:
+        gives = self.module.gives()
+        return Card(
+            name=self.name,
+            family=self.family.MODEL_TYPE,
+            source=self.source,
+            weights_hash=self.weights.hash(),
+            config=self.config,
+            preprocess=self.preprocess,
+            gives=gives,
+            embedding=self.family.EMBEDDING if "pooled" in gives else "",
+            labels=label_names(self.config) if {"logits", "segmentation"} & gives.keys() else (),
+            parameters=sum(parameter.numel() for parameter in cast(nn.Module, self.module).parameters()),
+            notes=tuple(getattr(self.module, "notes", ())),
+        )
+
+
+def load_model(
+    model: str,
+    *,
+    name: str | None = None,
+    dtype: str = "float32",
+    device: str = "cpu",
+    image_size: int | tuple[int, int] | None = None,
+    weights: str | None = None,
+    storage_options: Mapping[str, object] | None = None,
+    fast: bool = True,
+) -> Model:
+    """See `pipeline.models.load_model`."""
+    kind, place = _dtype(dtype, device), torch.device(device)
+    opened = open_checkpoint(model, name, image_size, weights, storage_options)
+    card = opened.card()
+    module = cast(nn.Module, opened.module)
+    opened.weights.fill(module, opened.family)
+    module.to(place)
+    if fast:
+        with torch.no_grad():
+            return Model(card, opened.family.fold(opened.module, kind), kind, place)
+    return Model(card, cast(Backbone, module.to(kind)), kind, place)
+
+
+def read_card(
+    model: str,
+    *,
+    name: str | None = None,
+    image_size: int | tuple[int, int] | None = None,
+    weights: str | None = None,
+    storage_options: Mapping[str, object] | None = None,
+) -> Card:
+    """See `pipeline.models.read_card`."""
+    return open_checkpoint(model, name, image_size, weights, storage_options).card()
+
+
+def open_checkpoint(
+    model: str,
+    name: str | None,
+    image_size: int | tuple[int, int] | None,
+    weights: str | None,
+    storage_options: Mapping[str, object] | None,
+) -> Opened:
+    """Find the files, read what they say; no weight is read."""
+    name = name or re.split(r"[/\\]", model.rstrip("/"))[-1].partition("@")[0]
+    if weights is not None:
+        return _rehearsal(model, name, image_size, _seed(weights))
+    repos = [entry.repo for _, entry in published()]
+    found = find(model, storage_options, repos)
+    config = read_json(found.folder / CONFIG)
+    family = family_of(config, found.source)
+    written = found.folder / PREPROCESSOR
+    preprocess = _preprocess(family, config, read_json(written) if written.is_file() else None, image_size)
+    return Opened(name, found.source, family, config, preprocess, weight_files(Path(found.folder)))
+
+
+def published() -> list[tuple[Family, Published]]:
+    """Every checkpoint that a family knows by name."""
+    return [(family, entry) for family in map(_family, FAMILIES) for entry in family.PUBLISHED]
+
+
+def family_of(config: Mapping[str, Any], where: str) -> Family:
+    """The family that config.json names. Raises UnknownModel with the known ones and the nearest."""
+    model_type = config.get("model_type")
+    if isinstance(model_type, str) and model_type in FAMILIES:
+        return _family(model_type)
+    hint = nearest(str(model_type), FAMILIES) or "`model_type` in config.json names the architecture"
+    said = "no `model_type`" if model_type is None else f"unknown family `{model_type}`"
+    raise UnknownModel(f"{where}: {CONFIG}: {said}", known=FAMILIES, hint=hint)
+
+
+def resolve_dtype(dtype: str, device: str = "cpu") -> str:
+    """`auto` -> bfloat16 where the device multiplies it faster than float32 (GPUs, CPUs with matrix units)."""
+    if dtype != "auto":
+        return dtype
+    if torch.device(device).type != "cpu":
+        return "bfloat16"
+    return "bfloat16" if torch.cpu._is_amx_tile_supported() else "float32"
+
+
+def _dtype(dtype: str, device: str) -> torch.dtype:
+    name = resolve_dtype(dtype, device)
+    if name not in get_args(Dtype):
+        known = ("auto", *get_args(Dtype))
+        raise InputError(f"unknown dtype `{dtype}`", known=known, hint=nearest(dtype, known))
+    return cast(torch.dtype, getattr(torch, name))
+
+
+def _family(model_type: str) -> Family:
+    return cast(Family, importlib.import_module(FAMILIES[model_type]))
+
+
+def _preprocess(
+    family: Family,
+    config: Mapping[str, Any],
+    written: Mapping[str, Any] | None,
+    image_size: int | tuple[int, int] | None,
+) -> PreprocessSettings:
+    """The processor's own file, else its class's defaults at the model's own size."""
+    if written is None and image_size is None:
+        image_size = config.get("image_size")
+    if isinstance(image_size, list):
+        image_size = (image_size[0], image_size[1])
+    return read_settings(written, family.PROCESSOR, image_size)
+
+
+def _rehearsal(model: str, name: str, image_size: int | tuple[int, int] | None, seed: int) -> Opened:
+    by_repo = {entry.repo: (family, entry) for family, entry in published()}
+    repo = model.partition("@")[0]
+    if repo not in by_repo:
+        message = f"no published model `{repo}` to build with random weights"
+        close = difflib.get_close_matches(repo, by_repo, n=1, cutoff=0.4)
+        raise UnknownModel(message, known=by_repo, hint=f"did you mean `{close[0]}`?" if close else "")
+    family, entry = by_repo[repo]
+    config = {"model_type": family.MODEL_TYPE, "architectures": [entry.architecture], **entry.config}
+    preprocess = _preprocess(family, config, entry.preprocessor, image_size)
+    weights = RandomWeights(seed, family.MODEL_TYPE, entry.architecture, config)
+    return Opened(name, f"{repo} with random({seed}) weights", family, config, preprocess, weights)
+
+
+def _seed(weights: str) -> int:
+    match = re.fullmatch(r"random\((\d+)\)", weights.strip())
+    if not match:
+        raise CheckpointError(f"weights: `{weights}` is not understood", hint="leave it out, or write `random(0)`")
+    return int(match[1])
+
+
+def _rgb(index: int, image: Image.Image | UInt8s) -> UInt8s:
+    if not isinstance(image, np.ndarray):
+        return np.asarray(image.convert("RGB"))
+    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
+        raise InputError(f"images[{index}]: {image.dtype} {image.shape} is not a uint8 (height, width, 3) array")
+    return image
