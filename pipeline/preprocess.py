@@ -1,15 +1,28 @@
 """Pixels to the uint8 crop of a model's size; rescale and normalise happen on the device.
 
-Contract (being implemented): geometry and arithmetic equal the checkpoint's own image processor (torchvision
-backend) to the last uint8.
+- Geometry and arithmetic equal the checkpoint's own image processor (its torchvision backend) to the last uint8.
+- Bilinear and bicubic use torch's antialiased uint8 kernels; any other filter uses Pillow, and `describe` says so.
+- What a processor's class does not read (`crop_pct`, `do_reduce_labels`, ...) changes no pixel there and none here.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any, Literal, cast
+
+import numpy as np
+import numpy.typing as npt
+
+from pipeline.errors import CheckpointError, nearest
+from pipeline.schema import Bad, Pixels
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 Resample = Literal["nearest", "lanczos", "bilinear", "bicubic", "box", "hamming"]
+Uint8 = npt.NDArray[np.uint8]
 
 
 @dataclass(frozen=True)
@@ -17,7 +30,8 @@ class PreprocessSettings:
     """What a checkpoint's processor does to an RGB image; the values as they are used, not as they are spelled.
 
     resize: "shortest_edge" scales so that the short side is `resize_height`; "exact" squashes to height x width;
-    "none" leaves it. crop is None or a centre crop (zero-padded where the image is smaller)."""
+    "none" leaves it. crop is None or a centre crop (zero-padded where the image is smaller). Without rescaling,
+    `rescale_factor` is 1. An image whose resize would hold more than `max_resized_pixels` is refused."""
 
     resize: Literal["shortest_edge", "exact", "none"]
     resize_height: int
@@ -28,6 +42,8 @@ class PreprocessSettings:
     rescale_factor: float = 1 / 255
     mean: tuple[float, ...] = (0.0, 0.0, 0.0)
     std: tuple[float, ...] = (1.0, 1.0, 1.0)
+    do_normalize: bool = True
+    max_resized_pixels: int = 1 << 25
 
     @property
     def size_HW(self) -> tuple[int, int]:
@@ -35,3 +51,274 @@ class PreprocessSettings:
         if self.crop_height is not None and self.crop_width is not None:
             return self.crop_height, self.crop_width
         return self.resize_height, self.resize_width
+
+    @property
+    def backend(self) -> Literal["torch", "pillow"]:
+        """Which library resizes."""
+        return "torch" if self.resample in ("bilinear", "bicubic") else "pillow"
+
+
+def describe(settings: PreprocessSettings) -> dict[str, Any]:
+    """What the run's identity records of preprocessing, as JSON values."""
+    values = {**asdict(settings), "mean": list(settings.mean), "std": list(settings.std)}
+    return {**values, "backend": f"{settings.backend} uint8 antialiased", "crop_offset": "floor", "padding": "zero"}
+
+
+class Preprocessor:
+    """Pixels -> the uint8 crop (H, W, 3) that `settings` describe, or Bad where the image is too long and thin."""
+
+    def __init__(self, settings: PreprocessSettings) -> None:
+        self.settings = settings
+        self._resample = _torch_resample(settings) if settings.backend == "torch" else _pillow_resample(settings)
+
+    def __call__(self, pixels: Pixels, out: Uint8 | None = None) -> Uint8 | Bad:
+        """The crop is written into `out` (H, W, 3) where that is given."""
+        source_HW = pixels.height, pixels.width
+        size_HW = resized_size(source_HW, self.settings)
+        # the kernels resize width first: rows of the source by columns of the result is what lies in between
+        held = max(size_HW[0] * size_HW[1], source_HW[0] * size_HW[1])
+        if held > self.settings.max_resized_pixels:
+            return _too_long(source_HW, size_HW, self.settings.max_resized_pixels)
+        resized_HWC = pixels.rgb_HWC if size_HW == source_HW else self._resample(pixels.rgb_HWC, size_HW)
+        return center_crop(resized_HWC, self.settings.size_HW, out)
+
+
+def resized_size(source_HW: tuple[int, int], settings: PreprocessSettings) -> tuple[int, int]:
+    """Height and width after the resize. The long side is truncated from Python's float division, not rounded."""
+    if settings.resize == "none":
+        return source_HW
+    if settings.resize == "exact":
+        return settings.resize_height, settings.resize_width
+    short, long = min(source_HW), max(source_HW)
+    new_short, new_long = settings.resize_height, int(settings.resize_height * long / short)
+    return (new_long, new_short) if source_HW[1] <= source_HW[0] else (new_short, new_long)
+
+
+def center_crop(image_HWC: Uint8, size_HW: tuple[int, int], out: Uint8 | None = None) -> Uint8:
+    """Offsets and padding are rounded towards the top left; what the image does not cover is zero."""
+    (top, y, height), (left, x, width) = map(_overlap, image_HWC.shape[:2], size_HW)
+    crop_HWC = np.empty((*size_HW, 3), np.uint8) if out is None else out
+    if (height, width) != size_HW:
+        crop_HWC[...] = 0
+    crop_HWC[y : y + height, x : x + width] = image_HWC[top : top + height, left : left + width]
+    return crop_HWC
+
+
+def _overlap(image: int, crop: int) -> tuple[int, int, int]:
+    """Along one axis: where the overlap begins in the image, where in the crop, and how long it is."""
+    return ((image - crop) // 2, 0, crop) if image >= crop else (0, (crop - image) // 2, image)
+
+
+def _too_long(source_HW: tuple[int, int], size_HW: tuple[int, int], limit: int) -> Bad:
+    (height, width), (new_height, new_width) = source_HW, size_HW
+    message = f"{width} x {height} would be resized to {new_width} x {new_height}, past {limit} pixels on the way"
+    return Bad("aspect_ratio", message)
+
+
+def _torch_resample(settings: PreprocessSettings) -> Any:
+    import torch
+
+    kernel = torch.ops.aten._upsample_bicubic2d_aa
+    if settings.resample == "bilinear":
+        kernel = torch.ops.aten._upsample_bilinear2d_aa
+
+    def resample(image_HWC: Uint8, size_HW: tuple[int, int]) -> Uint8:
+        # the channels-last view; a contiguous (C, H, W) copy costs several times more on large images
+        image_1CHW = torch.from_numpy(_usable(image_HWC)).permute(2, 0, 1)[None]
+        resized_1CHW = kernel(image_1CHW, list(size_HW), align_corners=False)
+        return cast(Uint8, resized_1CHW[0].permute(1, 2, 0).numpy())
+
+    return resample
+
+
+def _usable(image_HWC: Uint8) -> Uint8:
+    """torch takes no negative strides and warns of read-only memory."""
+    return np.require(image_HWC, requirements=["C", "W"])
+
+
+def _pillow_resample(settings: PreprocessSettings) -> Any:
+    from PIL import Image
+
+    code = Image.Resampling[settings.resample.upper()]
+
+    def resample(image_HWC: Uint8, size_HW: tuple[int, int]) -> Uint8:
+        return np.asarray(Image.fromarray(image_HWC).resize(size_HW[::-1], code))
+
+    return resample
+
+
+def normalize_on_device(x_BHWC: Tensor, settings: PreprocessSettings, dtype: torch.dtype) -> Tensor:
+    """x_BHWC uint8 -> x_BCHW in `dtype`, channels-last, by float32 arithmetic in the reference's own order."""
+    import torch
+
+    # a fresh float32 copy, so that the in-place steps leave the caller's pixels alone
+    x_BCHW = x_BHWC.permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.channels_last, copy=True)
+    if settings.do_normalize:
+        scale = 1.0 / settings.rescale_factor
+        mean_C = torch.tensor(settings.mean, dtype=torch.float32, device=x_BCHW.device) * scale
+        std_C = torch.tensor(settings.std, dtype=torch.float32, device=x_BCHW.device) * scale
+        x_BCHW.sub_(mean_C.view(-1, 1, 1)).div_(std_C.view(-1, 1, 1))
+    elif settings.rescale_factor != 1:
+        x_BCHW.mul_(settings.rescale_factor)
+    return x_BCHW.to(dtype)
+
+
+# --- preprocessor_config.json ----------------------------------------------------------------------------------------
+
+_CLIP = {"image_mean": [0.48145466, 0.4578275, 0.40821073], "image_std": [0.26862954, 0.26130258, 0.27577711]}
+_IMAGENET = {"image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225]}
+_HALF = {"image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5]}
+_CODES: dict[int, Resample] = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic", 4: "box", 5: "hamming"}
+_EDGE_AND_CROP = {"size": {"shortest_edge": 224}, "resample": 3, "do_center_crop": True, "default_to_square": False}
+_COMMON = {
+    "do_resize": True,
+    "do_center_crop": False,
+    "do_rescale": True,
+    "do_normalize": True,
+    "rescale_factor": 1 / 255,
+    "size": {"height": 224, "width": 224},
+    "crop_size": {"height": 224, "width": 224},
+    "default_to_square": True,
+    "resample": 2,
+}
+PROCESSORS: dict[str, Mapping[str, Any]] = {  # what each class does where a checkpoint says nothing
+    "BitImageProcessor": {**_COMMON, **_EDGE_AND_CROP, **_CLIP},
+    "BeitImageProcessor": {**_COMMON, **_HALF, "resample": 3},
+    "LevitImageProcessor": {**_COMMON, **_EDGE_AND_CROP, **_IMAGENET, "edge_factor": 256 / 224},
+    "ViTImageProcessor": {**_COMMON, **_HALF, "crop_size": None},
+}
+FILE = "preprocessor_config.json"
+
+
+def read_settings(
+    config: Mapping[str, Any] | None, processor: str, image_size: int | tuple[int, int] | None = None
+) -> PreprocessSettings:
+    """A checkpoint's preprocessor_config.json of any era -> settings. `processor` names the class where it does not.
+
+    image_size (one side, or height and width) replaces the size that reaches the model; what is cut off keeps its
+    proportion: LeViT's 256 -> 224 becomes 329 -> 288. Raises CheckpointError for what cannot be done."""
+    given = dict(config or {})
+    given = dict(given.get("image_processor") or given)  # newer files hold one section per modality
+    defaults = PROCESSORS[_processor_name(given, processor)]
+    merged = {**defaults, **{key: value for key, value in given.items() if value is not None}}
+    merged["edge_factor"] = defaults.get("edge_factor", 1)
+    resize, (height, width), crop = _geometry(merged, _pair("image_size", image_size) if image_size else None)
+    return PreprocessSettings(
+        resize=resize,
+        resize_height=height,
+        resize_width=width,
+        resample=_resample_name(merged["resample"]),
+        crop_height=crop[0] if crop else None,
+        crop_width=crop[1] if crop else None,
+        rescale_factor=_positive("rescale_factor", merged["rescale_factor"]) if _flag(merged, "do_rescale") else 1.0,
+        mean=_channels("image_mean", merged["image_mean"]),
+        std=tuple(_positive("image_std", value) for value in _channels("image_std", merged["image_std"])),
+        do_normalize=_flag(merged, "do_normalize"),
+    )
+
+
+def _processor_name(config: Mapping[str, Any], otherwise: str) -> str:
+    """`ViTFeatureExtractor`, `ViTImageProcessorFast` and `ViTImageProcessorPil` are all `ViTImageProcessor`."""
+    spelled = str(config.get("image_processor_type") or config.get("feature_extractor_type") or otherwise)
+    name = spelled.removesuffix("Fast").removesuffix("Pil").replace("FeatureExtractor", "ImageProcessor")
+    if name not in PROCESSORS:
+        hint = nearest(name, PROCESSORS) or f"set `image_processor_type` in {FILE} to a class that does the same"
+        raise CheckpointError(f"{FILE}: unknown image processor `{spelled}`", known=PROCESSORS, hint=hint)
+    return name
+
+
+Pair = tuple[int, int]
+
+
+def _geometry(
+    config: Mapping[str, Any], image_HW: Pair | None
+) -> tuple[Literal["shortest_edge", "exact", "none"], Pair, Pair | None]:
+    """How to resize, to what, and the crop after it."""
+    crop = _crop_size(config)
+    size = _size_dict("size", config["size"], square=bool(config["default_to_square"]))
+    final = image_HW or crop
+    if crop is None and ("shortest_edge" in size or not _flag(config, "do_resize")):
+        message = f"{FILE}: without a fixed resize or a centre crop, images reach the model in different sizes"
+        raise CheckpointError(message, hint=f'set `"do_center_crop": true` and `crop_size` in {FILE}')
+    if not _flag(config, "do_resize"):
+        return "none", cast(Pair, final), final
+    if "shortest_edge" in size:
+        edge = _scaled_edge(_whole("size.shortest_edge", size["shortest_edge"]), cast(Pair, crop), cast(Pair, final))
+        edge = int(config["edge_factor"] * edge)
+        return "shortest_edge", (edge, edge), final
+    height, width = _whole("size.height", size["height"]), _whole("size.width", size["width"])
+    if crop is None:
+        return "exact", image_HW or (height, width), None
+    crop_HW, final_HW = crop, cast(Pair, final)
+    return "exact", (height * final_HW[0] // crop_HW[0], width * final_HW[1] // crop_HW[1]), final_HW
+
+
+def _scaled_edge(edge: int, crop_HW: Pair, final_HW: Pair) -> int:
+    """The short side that stands to the final size as the checkpoint's to its crop; in integers: 288 stays 288."""
+    return max(edge * final // crop for crop, final in zip(crop_HW, final_HW, strict=True))
+
+
+def _crop_size(config: Mapping[str, Any]) -> Pair | None:
+    if not _flag(config, "do_center_crop"):
+        return None
+    if config["crop_size"] is None:
+        raise CheckpointError(f"{FILE}: `do_center_crop` without `crop_size`", hint=f"set `crop_size` in {FILE}")
+    size = _size_dict("crop_size", config["crop_size"], square=True)
+    if "shortest_edge" in size:
+        raise CheckpointError(f"{FILE}: `crop_size` needs a height and a width, not `shortest_edge`")
+    return _whole("crop_size.height", size["height"]), _whole("crop_size.width", size["width"])
+
+
+def _size_dict(name: str, value: Any, square: bool) -> Mapping[str, Any]:
+    """224, [224, 224] (height first), {"shortest_edge": 224} or {"height": 224, "width": 224} -> one of the dicts."""
+    if isinstance(value, Mapping):
+        keys = {key for key, entry in value.items() if entry is not None}
+        if keys in ({"shortest_edge"}, {"height", "width"}):
+            return value
+        raise CheckpointError(
+            f"{FILE}: `{name}` is {dict(value)}", known=['{"shortest_edge": s}', '{"height": h, "width": w}', "s"]
+        )
+    if isinstance(value, list | tuple):
+        height, width = _pair(name, value)
+        return {"height": height, "width": width}
+    return {"height": value, "width": value} if square else {"shortest_edge": value}
+
+
+def _pair(name: str, value: Any) -> Pair:
+    sides = tuple(value) if isinstance(value, list | tuple) else (value, value)
+    if len(sides) != 2:
+        raise CheckpointError(f"`{name}` is {value!r}", hint="give one side, or height and width")
+    return _whole(name, sides[0]), _whole(name, sides[1])
+
+
+def _whole(name: str, value: Any) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise CheckpointError(f"`{name}` is {value!r}; it must be a whole number of pixels, at least 1")
+    return value
+
+
+def _flag(config: Mapping[str, Any], name: str) -> bool:
+    value = config[name]
+    if not isinstance(value, bool):
+        raise CheckpointError(f"{FILE}: `{name}` is {value!r}; it must be true or false")
+    return value
+
+
+def _positive(name: str, value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
+        raise CheckpointError(f"{FILE}: `{name}` is {value!r}; it must be a number above 0")
+    return float(value)
+
+
+def _channels(name: str, value: Any) -> tuple[float, ...]:
+    values = list(value) if isinstance(value, list | tuple) else [value] * 3
+    if len(values) != 3 or any(isinstance(v, bool) or not isinstance(v, int | float) for v in values):
+        raise CheckpointError(f"{FILE}: `{name}` is {value!r}; it must be one number or three (red, green, blue)")
+    return tuple(map(float, values))
+
+
+def _resample_name(value: Any) -> Resample:
+    if isinstance(value, bool) or not isinstance(value, int) or value not in _CODES:
+        known = [f"{code} ({name})" for code, name in _CODES.items()]
+        raise CheckpointError(f"{FILE}: `resample` is {value!r}", known=known)
+    return _CODES[value]
