@@ -100,7 +100,7 @@ class FileWeights:
         surplus: Sequence[str],
         family: Family,
     ) -> None:
-        missing = [f"{name} {shape}" for name, shape in wanted.items() if name not in found]
+        missing = [f"{disk_name(name, family.KEYS)} {shape}" for name, shape in wanted.items() if name not in found]
         misshapen = [
             f"{name} is {tuple(tensor.shape)}, config.json makes it {wanted[ours]}"
             for ours, (name, tensor) in found.items()
@@ -201,6 +201,15 @@ def own_name(name: str, keys: Mapping[str, str]) -> str:
     return name
 
 
+def disk_name(ours: str, keys: Mapping[str, str]) -> str:
+    """Our name -> the one on disk, for messages; of several dialects, the one that stands first in the table."""
+    for key, template in keys.items():
+        match = _pattern(template).match(ours)
+        if match and template.count("{}") == key.count("{}"):
+            return key.format(*match.groups()[:-1]) + match.groups()[-1]
+    return ours
+
+
 def unused(name: str, patterns: Iterable[str]) -> bool:
     return name.endswith("num_batches_tracked") or any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
 
@@ -222,9 +231,11 @@ def assign(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
 @functools.lru_cache(maxsize=32)
 def _compiled(keys: tuple[tuple[str, str], ...]) -> tuple[tuple[re.Pattern[str], str], ...]:
     longest_first = sorted(keys, key=lambda pair: (-pair[0].count("."), pair[0].count("{}"), pair[0]))
-    return tuple(
-        (re.compile(re.escape(key).replace(r"\{\}", r"(\d+)") + r"((?:\..+)?)$"), ours) for key, ours in longest_first
-    )
+    return tuple((_pattern(key), ours) for key, ours in longest_first)
+
+
+def _pattern(name: str) -> re.Pattern[str]:
+    return re.compile(re.escape(name).replace(r"\{\}", r"(\d+)") + r"((?:\..+)?)$")
 
 
 def _indexed(folder: Path, index_name: str) -> tuple[Path, ...]:

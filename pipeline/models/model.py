@@ -19,11 +19,12 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
+from pipeline import preprocess as pre
 from pipeline.errors import CheckpointError, InputError, OutputUnavailable, UnknownModel, nearest
 from pipeline.models import FAMILIES, Backbone, Card, Family, Published
 from pipeline.models.checkpoint import RandomWeights, Weights, label_names, read_json, weight_files
 from pipeline.models.hub import CONFIG, PREPROCESSOR, find
-from pipeline.preprocess import Preprocessor, PreprocessSettings, normalize_on_device, read_settings
+from pipeline.preprocess import PreprocessSettings
 from pipeline.schema import Bad, Pixels
 
 if TYPE_CHECKING:
@@ -68,7 +69,7 @@ class Model:
         self._refuse_other_sizes(pixels_BHWC)
         extra = {name: torch.as_tensor(value).to(self.device) for name, value in inputs.items()}
         with torch.inference_mode():
-            x_BCHW = normalize_on_device(pixels_BHWC, self.card.preprocess, self.dtype)
+            x_BCHW = pre.normalize_on_device(pixels_BHWC, self.card.preprocess, self.dtype)
             features = self.backbone(x_BCHW, wants, **extra)
             return {name: features[name].float() for name in sorted(wants)}
 
@@ -90,8 +91,8 @@ class Model:
             raise InputError(f"`{self.card.name}` takes uint8 crops (batch, {height}, {width}, channels), not {got}")
 
     @cached_property
-    def _preprocessor(self) -> Preprocessor:
-        return Preprocessor(self.card.preprocess)
+    def _preprocessor(self) -> pre.Preprocessor:
+        return pre.Preprocessor(self.card.preprocess)
 
     def _crop(self, index: int, image: Image.Image | UInt8s) -> UInt8s:
         crop = self._preprocessor(Pixels(_rgb(index, image)))
@@ -118,6 +119,16 @@ class Opened:
         settings = self.family.read_settings(self.config, self.preprocess.size_HW)
         with torch.device("meta"):
             return self.family.build(settings, names)
+
+    def filled(self, dtype: torch.dtype, device: torch.device, fast: bool) -> Backbone:
+        """The module with its weights, in its fast or its plain form."""
+        module = cast(nn.Module, self.module)
+        self.weights.fill(module, self.family)
+        module.to(device)
+        if not fast:
+            return cast(Backbone, module.to(dtype))
+        with torch.no_grad():
+            return self.family.fold(self.module, dtype)
 
     def card(self) -> Card:
         gives = self.module.gives()
@@ -151,13 +162,7 @@ def load_model(
     kind, place = _dtype(dtype, device), torch.device(device)
     opened = open_checkpoint(model, name, image_size, weights, storage_options)
     card = opened.card()
-    module = cast(nn.Module, opened.module)
-    opened.weights.fill(module, opened.family)
-    module.to(place)
-    if fast:
-        with torch.no_grad():
-            return Model(card, opened.family.fold(opened.module, kind), kind, place)
-    return Model(card, cast(Backbone, module.to(kind)), kind, place)
+    return Model(card, opened.filled(kind, place, fast), kind, place)
 
 
 def read_card(
@@ -239,7 +244,7 @@ def _preprocess(
         image_size = config.get("image_size")
     if isinstance(image_size, list):
         image_size = (image_size[0], image_size[1])
-    return read_settings(written, family.PROCESSOR, image_size)
+    return pre.read_settings(written, family.PROCESSOR, image_size)
 
 
 def _rehearsal(model: str, name: str, image_size: int | tuple[int, int] | None, seed: int) -> Opened:

@@ -1,0 +1,118 @@
+"""transformers as the oracle: models with seeded, non-trivial weights, saved to disk and read back by ours.
+
+Shapes: B batch, C channels, H W image.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from pipeline.models import Backbone
+from pipeline.models.checkpoint import read_json, weight_files
+from pipeline.models.hub import CONFIG
+from pipeline.models.model import Opened, family_of
+from pipeline.preprocess import PreprocessSettings
+
+TOLERANCE = 1e-5  # of the output's largest value
+EXAMPLES = int(os.environ.get("IMG2PARQUET_EXAMPLES", "40"))
+
+
+def randomised(model: Any, seed: int = 0) -> Any:
+    """Give every parameter and statistic a value that shows when it is forgotten; eval mode, float32."""
+    generator = torch.Generator().manual_seed(seed)
+    model.eval().float().requires_grad_(False)
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if tensor.is_floating_point():
+            tensor.copy_(_value(name, tensor, generator))
+    return model
+
+
+def saved(model: Any, folder: Path, seed: int | None = 0) -> Path:
+    """`save_pretrained` after `randomised`: the names that lie on the hub. Do not run the model before this."""
+    if seed is not None:
+        randomised(model, seed)
+    model.save_pretrained(folder)
+    return folder
+
+
+def saved_as_state_dict(model: Any, folder: Path, seed: int | None = 0) -> Path:
+    """The same, under the names that transformers 5 has in memory: the second dialect."""
+    if seed is not None:
+        randomised(model, seed)
+    folder.mkdir(parents=True, exist_ok=True)
+    model.config.architectures = [type(model).__name__]
+    model.config.save_pretrained(folder)
+    tensors = {name: tensor.clone().contiguous() for name, tensor in model.state_dict().items()}
+    save_file(tensors, folder / "model.safetensors")
+    return folder
+
+
+def opened(folder: Path, size_HW: tuple[int, int] | None = None) -> Opened:
+    """A checkpoint's folder as the loader opens it, but with an input of exactly `size_HW` (default: its config's)."""
+    config = read_json(folder / CONFIG)
+    family = family_of(config, str(folder))
+    if size_HW is None:
+        side = config.get("image_size", 64)
+        size_HW = (side[0], side[1]) if isinstance(side, list) else (side, side)
+    settings = PreprocessSettings("exact", *size_HW, "bilinear", None, None)
+    return Opened(folder.name, str(folder), family, config, settings, weight_files(folder))
+
+
+def ours(
+    folder: Path, *, fast: bool = True, dtype: torch.dtype = torch.float32, size_HW: tuple[int, int] | None = None
+) -> Backbone:
+    """A checkpoint's folder -> our backbone, in its fast or plain form; it takes normalised float pixels."""
+    return opened(folder, size_HW).filled(dtype, torch.device("cpu"), fast)
+
+
+def pixels(batch: int = 2, size_HW: tuple[int, int] = (64, 64), channels: int = 3, seed: int = 1) -> Tensor:
+    """Normalised pixels, x_BCHW."""
+    return torch.randn(batch, channels, *size_HW, generator=torch.Generator().manual_seed(seed))
+
+
+def run(backbone: Backbone, x_BCHW: Tensor, *wants: str, **inputs: Tensor) -> dict[str, Tensor]:
+    with torch.inference_mode():
+        return backbone(x_BCHW, frozenset(wants), **inputs)
+
+
+def reference(model: Any, x_BCHW: Tensor, **inputs: Any) -> Any:
+    with torch.no_grad():
+        return model(x_BCHW, **inputs)
+
+
+def distance(mine: Tensor, theirs: Tensor) -> float:
+    """Largest difference relative to the output's scale."""
+    assert tuple(mine.shape) == tuple(theirs.shape), f"{tuple(mine.shape)} is not {tuple(theirs.shape)}"
+    scale = theirs.abs().max().clamp_min(1e-6)
+    return float((mine.float() - theirs.float()).abs().max() / scale)
+
+
+def agree(mine: Mapping[str, Tensor], theirs: Mapping[str, Tensor], tolerance: float = TOLERANCE) -> None:
+    """Every feature of `theirs` is in `mine`, of the same shape, equal within the tolerance, and not constant."""
+    for name, tensor in theirs.items():
+        far = distance(mine[name], tensor)
+        assert far <= tolerance, f"{name}: {far:.2e} > {tolerance:.0e}"
+        assert tensor.numel() < 4 or tensor.std() > 1e-4, f"{name} is constant: this comparison could not fail"
+
+
+def _value(name: str, tensor: Tensor, generator: torch.Generator) -> Tensor:
+    noise = torch.randn(tensor.shape, generator=generator)
+    leaf = name.rpartition(".")[-1]
+    if leaf == "running_var":
+        return 0.5 + torch.rand(tensor.shape, generator=generator)
+    if "lambda" in leaf:
+        return 0.3 + torch.rand(tensor.shape, generator=generator)
+    if leaf == "weight" and tensor.dim() == 1:
+        return 1 + 0.2 * noise
+    if tensor.dim() < 2:
+        return 0.2 * noise
+    if leaf == "weight":
+        return noise * torch.Size(tensor.shape[1:]).numel() ** -0.5
+    return 0.5 * noise
