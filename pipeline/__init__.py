@@ -1,0 +1,45 @@
+"""img2parquet: image shards in, Parquet datasets of what models see in them out.
+
+The way of one image, a file for each step:
+
+    plan.py         URIs -> parts, fixed once
+    read/           part -> rows: key, image bytes, passthrough columns
+    batch.py        rows -> batches, the atoms that travel between processes
+    decode.py       bytes -> RGB pixels, or a reject with a reason
+    preprocess.py   pixels -> uint8 crop of the model's size
+    models/         crops -> features (pooled, logits, tokens, maps)
+    outputs/        features -> columns
+    embed.py        the worker: one batch through the five steps above
+    write.py        a part's rows and rejects -> one encoded Parquet file per model
+    commit.py       encoded part -> created once, or found done, or unknown
+    local.py, cluster.py   who runs it: this process, or a Ray Data graph
+    driver.py       a job from start to end
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pipeline.job import JobSpec, load_job, parse_job
+    from pipeline.models import load_model
+    from pipeline.results import open_results, read_rejects, status
+    from pipeline.driver import Summary, run
+
+_HOME = {
+    "JobSpec": "pipeline.job", "load_job": "pipeline.job", "parse_job": "pipeline.job",
+    "load_model": "pipeline.models",
+    "open_results": "pipeline.results", "read_rejects": "pipeline.results", "status": "pipeline.results",
+    "run": "pipeline.driver", "Summary": "pipeline.driver",
+}  # fmt: skip
+
+__all__ = ["JobSpec", "Summary", "load_job", "load_model", "open_results", "parse_job", "read_rejects", "run", "status"]
+
+
+def __getattr__(name: str) -> Any:
+    """Public names are imported when they are used: `import pipeline` loads neither torch nor ray."""
+    if name not in _HOME:
+        raise AttributeError(f"module `pipeline` has no attribute `{name}`")
+    from importlib import import_module
+
+    return getattr(import_module(_HOME[name]), name)

@@ -70,10 +70,15 @@ class Part:
     def size_bytes(self) -> int:
         return sum(piece.size_bytes for piece in self.pieces)
 
-    def id(self, identity: str) -> str:
-        """16 hex digits over what the part covers and the run identity of one model; never its rank."""
+    @property
+    def covers(self) -> str:
+        """A hash of what the part covers: files, sizes, etags and ranges; never its rank."""
         covered = [[p.uri, p.size_bytes, p.etag, p.start, p.stop] for p in self.pieces]
-        return hashlib.sha256(json.dumps([identity, covered]).encode()).hexdigest()[:16]
+        return hashlib.sha256(json.dumps(covered).encode()).hexdigest()
+
+    def id(self, identity: str) -> str:
+        """16 hex digits over what the part covers and the run identity of one model."""
+        return hashlib.sha256(f"{identity}/{self.covers}".encode()).hexdigest()[:16]
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +91,7 @@ class Row:
     image: bytes | memoryview
     passthrough: Mapping[str, Any] = field(default_factory=dict)
     offset: int | None = None
+    warnings: tuple[str, ...] = ()  # remarks of the reader, such as `label_not_int64`
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,210 @@
+"""The command `img2parquet`: parse, call one function, print. Results to stdout, everything else to stderr."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import signal
+import sys
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from pipeline.errors import Img2ParquetError, UserError
+
+DONE, FAILED, MISUSE = 0, 1, 2
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit code 0 done, 1 failed, 2 misuse."""
+    arguments = _parser().parse_args(argv)
+    signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        code: int = arguments.command(arguments)
+    except Img2ParquetError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("interrupted: what is committed stays; run the same command again", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        sys.stderr.close()  # the reader of our output left; nothing more can be said
+        return FAILED
+    return code
+
+
+def _interrupt(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="img2parquet", description="Image shards in, Parquet datasets of what models see in them out."
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    run = _command(commands, "run", _run, "do what is left of a job; the same command resumes")
+    _add_job(run)
+    run.add_argument("--runner", choices=["ray", "local"], default="ray", help="a Ray cluster (default), or this process")
+    run.add_argument("--address", help="Ray cluster to join; default: RAY_ADDRESS, or one started here")
+    run.add_argument("--json", action="store_true", help="print the summary as JSON")
+    _add_job(_command(commands, "plan", _plan, "what a run would do: parts, bytes, what is committed; writes nothing"))
+    for name, function, text in (
+        ("status", _status, "how far a run is; works while it runs"),
+        ("verify", _verify, "check every byte of an output against its plan; exit 1 and a list if anything is wrong"),
+        ("rejects", _rejects, "the rejected images, as JSON lines"),
+    ):
+        _command(commands, name, function, text).add_argument("uri", help="the job's output.uri")
+    _command(commands, "models", _models, "the families and published checkpoints, with what each can give")
+    _command(commands, "schema", _schema, "the job file's JSON Schema, for editors")
+    demo = _command(commands, "demo", _demo, "make shards of real photographs and label them (in a checkout)")
+    demo.add_argument("--runner", choices=["ray", "local"], default="ray")
+    return parser
+
+
+def _command(commands: Any, name: str, function: object, text: str) -> argparse.ArgumentParser:
+    parser: argparse.ArgumentParser = commands.add_parser(name, help=text, description=text)
+    parser.set_defaults(command=function)
+    return parser
+
+
+def _add_job(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("job", help="a job file")
+    parser.add_argument("--set", action="append", default=[], metavar="A.B=C", help="override a field of the job")
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    from pipeline.driver import run
+    from pipeline.job import load_job
+    from pipeline.progress import Progress
+
+    progress = Progress()
+    try:
+        summary = run(
+            load_job(arguments.job, arguments.set), arguments.runner, address=arguments.address, on_change=progress
+        )
+    finally:
+        progress.close()
+    if arguments.json:
+        print(json.dumps(summary.__dict__))
+    else:
+        print_summary(summary)
+    return DONE
+
+
+def print_summary(summary: Any) -> None:
+    """A finished job in a few lines."""
+    done_now = summary.parts - summary.parts_done_before
+    if done_now:
+        print(f"parts      {summary.parts} ({done_now} now, {summary.parts_done_before} before)")
+    else:
+        print(f"parts      {summary.parts}, all committed before: nothing to do")
+    print(f"rows in    {summary.rows_in:,}")
+    for name, rows in summary.rows_written.items():
+        print(f"written    {rows:,} to model={name}")
+    reasons = ", ".join(f"{reason} {count}" for reason, count in summary.rejected.items())
+    print(f"rejected   {sum(summary.rejected.values()):,}" + (f" ({reasons})" if reasons else ""))
+    if done_now:
+        print(f"speed      {summary.images_per_s:,.0f} images/s, {summary.seconds:.1f} s in all")
+    print(f"results    {summary.output_uri}")
+
+
+def _plan(arguments: argparse.Namespace) -> int:
+    from pipeline.commit import Output
+    from pipeline.job import load_job
+    from pipeline.plan import check_same_run, identities, make_plan
+    from pipeline.probe import probe
+    from pipeline.storage import Store
+
+    job = load_job(arguments.job, arguments.set)
+    probed = probe(job)
+    output = Output.at(job.output.uri, Store(job.output.storage_options))
+    plan = output.stored_plan()
+    where = "stored in the output" if plan else "not stored yet"
+    if plan is None:
+        plan = make_plan(job, probed.cards, probed.dtype)
+    else:
+        check_same_run(plan, identities(job, probed.cards, probed.dtype), output.uri)
+    files = output.part_files()
+    rows = f"{plan.rows:,}" if plan.rows is not None else "known when read"
+    print(f"plan       {len(plan.parts)} parts, {sum(p.size_bytes for p in plan.parts):,} bytes of input, rows {rows}; {where}")
+    print(f"dtype      {probed.dtype} on {probed.device}, batches of {probed.batch_size}")
+    for name in plan.identities:
+        done = sum(plan.file_name(name, part) in files for part in plan.parts)
+        print(f"model      {name}: {done} of {len(plan.parts)} parts committed, identity {plan.identity(name)}")
+    return DONE
+
+
+def _status(arguments: argparse.Namespace) -> int:
+    from pipeline.results import status
+
+    now = status(arguments.uri)
+    rows = f"{now.rows_in:,}" + (f" of {now.rows_planned:,}" if now.rows_planned is not None else "")
+    print(f"state      {'complete' if now.is_complete else 'not complete'}")
+    for name, done in now.parts_done.items():
+        print(f"model      {name}: {done} of {now.parts} parts, {now.rows_written[name]:,} rows")
+    print(f"rows in    {rows}")
+    print(f"rejected   {now.rejected:,}")
+    print(f"bytes      {now.size_bytes:,}")
+    return DONE
+
+
+def _verify(arguments: argparse.Namespace) -> int:
+    from pipeline.commit import Output
+    from pipeline.verify import verify
+
+    problems = verify(Output.at(arguments.uri))
+    for problem in problems:
+        print(problem)
+    print(f"{len(problems)} problems" if problems else "ok: every planned row is there exactly once", file=sys.stderr)
+    return FAILED if problems else DONE
+
+
+def _rejects(arguments: argparse.Namespace) -> int:
+    from pipeline.results import read_rejects
+
+    rows = read_rejects(arguments.uri).to_pylist()
+    for row in rows:
+        print(json.dumps(row))
+    counts = Counter(row["reason"] for row in rows)
+    print(f"{len(rows)} rejects: " + ", ".join(f"{k} {v}" for k, v in counts.most_common()), file=sys.stderr)
+    return DONE
+
+
+def _models(arguments: argparse.Namespace) -> int:
+    from importlib import import_module
+
+    from pipeline.models import FAMILIES
+
+    print(f"{'published as':44} {'family':8} {'params M':>9} {'GMACs':>8} {'input':>6}  accuracy")
+    for family, module in FAMILIES.items():
+        loaded = import_module(module)
+        for known in loaded.PUBLISHED:
+            print(
+                f"{known.repo:44} {family:8} {known.parameters / 1e6:9.2f} {known.gmacs:8.2f} {known.image_size:6}"
+                f"  {known.accuracy}"
+            )
+        print(f"  {family}: `embedding` is {loaded.EMBEDDING}")
+    return DONE
+
+
+def _schema(arguments: argparse.Namespace) -> int:
+    from pipeline.job import json_schema
+
+    print(json.dumps(json_schema(), indent=1))
+    return DONE
+
+
+def _demo(arguments: argparse.Namespace) -> int:
+    import runpy
+
+    script = Path(__file__).parent.parent / "infra" / "demo" / "demo.py"
+    if not script.is_file():
+        raise UserError("the demo lives in the repository, not in the installed package", hint="clone it and run `make demo`")
+    sys.argv = [str(script), "--runner", arguments.runner]
+    runpy.run_path(str(script), run_name="__main__")
+    return DONE
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,175 @@
+"""Parts to results as a Ray Data graph: read tasks -> embedding actors (-> the driver, who commits).
+
+    CPU only    read (tasks) -> prepare and embed (actors): pixels never cross the object store
+    with GPUs   read (tasks) -> prepare (tasks) -> embed (GPU actors)
+
+A row of the dataset is one whole batch, pickled, so Ray may cut and merge its blocks as it likes.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import pickle
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import pyarrow as pa
+import ray
+from ray.data import ActorPoolStrategy, DataContext, TaskPoolStrategy
+
+from pipeline.batch import Embedded, Failed, Prepared, Work, cut
+from pipeline.embed import Embedder, Preparer
+from pipeline.errors import Img2ParquetError, JobFailed
+from pipeline.job import JobSpec
+from pipeline.probe import Probe, probe
+from pipeline.schema import Part
+
+# Logical CPUs: an actor takes less than its core, so that reading always finds a slot. A pool that holds every CPU
+# while the read waits for one hangs for ever, without a word (seen on 2 cores).
+ACTOR_CPUS, READ_CPUS = 0.75, 0.25
+BLOCK_BYTES = 16 << 20  # Ray's default of 128 MiB would be a thousand images, one worker's work for half a minute
+MAX_READ_TASKS = 1000
+WORKER_TRIES = 3
+
+
+def start(job: JobSpec, address: str | None = None) -> Probe:
+    """Join the cluster of `address` or RAY_ADDRESS, or start one here; then ask a worker what it can do."""
+    if not ray.is_initialized():
+        _init(address)
+    gpus = _gpus_per_worker(job)
+    task = ray.remote(num_cpus=READ_CPUS, num_gpus=gpus)(probe)
+    try:
+        result: Probe = ray.get(task.remote(job))
+    except ray.exceptions.RayTaskError as error:
+        raise _cause(error) from None
+    return result
+
+
+def _init(address: str | None) -> None:
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # silences a warning on CPU-only machines
+    joined = address or os.environ.get("RAY_ADDRESS")
+    own: dict[str, Any] = {} if joined else {"num_cpus": len(os.sched_getaffinity(0)), "include_dashboard": False}
+    try:
+        ray.init(address=joined, logging_level=logging.ERROR, log_to_driver=False, **own)
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        raise JobFailed(f"no Ray cluster at `{joined}`: {error}", hint="leave out the address to start one here") from None
+
+
+def stream(parts: Iterable[Part], work: Work) -> Iterator[Embedded | Failed]:
+    """Results as batches are finished, in any order. Raises what a worker raised, as our own error where it is one."""
+    dataset = _graph(list(parts), work)
+    try:
+        for block in dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
+            for payload in block.column("payload"):
+                yield pickle.loads(payload.as_buffer())
+    except ray.exceptions.RayError as error:
+        raise _cause(error) from None
+
+
+def _graph(parts: list[Part], work: Work) -> ray.data.Dataset:
+    _tune_context()
+    items = [{"payload": pickle.dumps(part)} for part in parts]
+    source = ray.data.from_items(items, override_num_blocks=min(len(items), MAX_READ_TASKS))
+    handle = ray.put(work)
+    batches = source.map_batches(
+        _Read(handle), batch_size=1, batch_format="pyarrow", num_cpus=READ_CPUS,
+        compute=TaskPoolStrategy(size=_read_tasks(work)),
+    )  # fmt: skip
+    gpus = _gpus_per_worker(work.job)
+    if work.device == "cuda":
+        batches = batches.map_batches(_Step, fn_constructor_args=["prepare", handle], batch_size=1,
+            batch_format="pyarrow", num_cpus=1, compute=ActorPoolStrategy(min_size=1, max_size=_cpus()))  # fmt: skip
+    cpus = ACTOR_CPUS * work.threads
+    return batches.map_batches(
+        _Step,
+        fn_constructor_args=["embed" if work.device == "cuda" else "both", handle],
+        batch_size=1,
+        batch_format="pyarrow",
+        compute=ActorPoolStrategy(size=workers(work.job)),
+        num_cpus=min(cpus, _cpus() * ACTOR_CPUS / workers(work.job)) if not gpus else 0,
+        num_gpus=gpus or None,
+        max_restarts=WORKER_TRIES,
+        max_task_retries=WORKER_TRIES,
+    )
+
+
+class _Read:
+    """Parts to batches, one row each. A failed part travels on as a row of its own."""
+
+    def __init__(self, work: ray.ObjectRef) -> None:
+        self.work = work
+
+    def __call__(self, table: pa.Table) -> Iterator[pa.Table]:
+        work: Work = ray.get(self.work)
+        for payload in table.column("payload"):
+            part: Part = pickle.loads(payload.as_buffer())
+            for batch in cut(work.job.input, part, work.batch_size):
+                yield _row(batch)
+
+
+class _Step:
+    """An actor: prepares, embeds, or both; lets failed parts through."""
+
+    def __init__(self, what: str, work: ray.ObjectRef | Work) -> None:
+        work = ray.get(work) if isinstance(work, ray.ObjectRef) else work
+        self.prepare = Preparer(work) if what in ("prepare", "both") else None
+        self.embed = Embedder(work) if what in ("embed", "both") else None
+
+    def __call__(self, table: pa.Table) -> Iterator[pa.Table]:
+        for payload in table.column("payload"):
+            yield _row(self._one(pickle.loads(payload.as_buffer())))
+
+    def _one(self, item: Any) -> Prepared | Embedded | Failed:
+        if isinstance(item, Failed):
+            return item
+        prepared = self.prepare(item) if self.prepare else item
+        return self.embed(prepared) if self.embed else prepared
+
+
+def _row(item: object) -> pa.Table:
+    return pa.table({"payload": pa.array([pickle.dumps(item, protocol=5)], pa.large_binary())})
+
+
+def workers(job: JobSpec) -> int:
+    if job.resources.workers != "auto":
+        return job.resources.workers
+    gpus = _gpus_per_worker(job)
+    if gpus:
+        return max(1, int(ray.cluster_resources().get("GPU", 0) / gpus))
+    return max(1, int(_cpus()) // job.resources.threads_per_worker)
+
+
+def _gpus_per_worker(job: JobSpec) -> float:
+    wanted = job.resources.gpus_per_worker
+    return (1.0 if ray.cluster_resources().get("GPU", 0) >= 1 else 0.0) if wanted == "auto" else wanted
+
+
+def _cpus() -> float:
+    return float(ray.cluster_resources().get("CPU", 1))
+
+
+def _read_tasks(work: Work) -> int:
+    return max(1, int(_cpus() * (1 - ACTOR_CPUS) / READ_CPUS))
+
+
+def _tune_context() -> None:
+    context = DataContext.get_current()
+    context.target_max_block_size = BLOCK_BYTES
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+    context.execution_no_progress_timeout_s = 24 * 3600  # a GPU queue may be long; our own watchdog looks at parts
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
+
+
+def _cause(error: BaseException) -> Img2ParquetError:
+    """The error a worker raised, ours if it is one of ours, without Ray's wrapping."""
+    seen: BaseException | None = error
+    while seen is not None:
+        if isinstance(seen, Img2ParquetError):
+            return seen
+        seen = getattr(seen, "cause", None) or seen.__cause__
+    if isinstance(error, ray.exceptions.RayActorError):
+        return JobFailed(f"a worker died {WORKER_TRIES} times on the same batches: {error}".splitlines()[0],
+                         hint="run the same command again; what is committed stays")  # fmt: skip
+    return JobFailed(f"a worker failed: {error}")

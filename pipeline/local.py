@@ -1,0 +1,86 @@
+"""Parts to results in this process: one thread reads ahead, `workers` threads share the loaded models."""
+
+from __future__ import annotations
+
+import os
+import queue
+import threading
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+
+from pipeline.batch import Batch, Embedded, Failed, Work, cut
+from pipeline.embed import Embedder, Preparer
+from pipeline.job import JobSpec
+from pipeline.probe import Probe, probe
+from pipeline.schema import Part
+
+
+def start(job: JobSpec) -> Probe:
+    """What this process can do."""
+    return probe(job)
+
+
+def workers(job: JobSpec) -> int:
+    wanted = job.resources.workers
+    return max(1, len(os.sched_getaffinity(0)) // job.resources.threads_per_worker) if wanted == "auto" else wanted
+
+
+def stream(parts: Iterable[Part], work: Work) -> Iterator[Embedded | Failed]:
+    """Results in the order of their batches; at most three batches per worker are in memory at any time."""
+    count = workers(work.job)
+    prepare, embed = Preparer(work), Embedder(work)
+    waiting: deque[Future[Embedded] | Failed] = deque()
+    with _Reader(parts, work, depth=count) as batches, ThreadPoolExecutor(count, "img2parquet-worker") as pool:
+        for batch in batches:
+            waiting.append(batch if isinstance(batch, Failed) else pool.submit(lambda b: embed(prepare(b)), batch))
+            if len(waiting) >= 2 * count:
+                yield _result(waiting.popleft())
+        while waiting:
+            yield _result(waiting.popleft())
+
+
+def _result(item: Future[Embedded] | Failed) -> Embedded | Failed:
+    return item if isinstance(item, Failed) else item.result()
+
+
+class _Reader:
+    """Batches read ahead by one thread. Closing it ends the thread; an error in it is raised to the consumer."""
+
+    def __init__(self, parts: Iterable[Part], work: Work, depth: int) -> None:
+        self.parts, self.work = parts, work
+        self.queue: queue.Queue[Batch | Failed | BaseException | None] = queue.Queue(depth)
+        self.closed = threading.Event()
+        self.thread = threading.Thread(target=self._run, name="img2parquet-reader", daemon=True)
+
+    def __enter__(self) -> _Reader:
+        self.thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.closed.set()
+
+    def __iter__(self) -> Iterator[Batch | Failed]:
+        while (item := self.queue.get()) is not None:
+            if isinstance(item, BaseException):
+                raise item
+            yield item
+
+    def _run(self) -> None:
+        try:
+            for part in self.parts:
+                for batch in cut(self.work.job.input, part, self.work.batch_size):
+                    if not self._put(batch):
+                        return
+            self._put(None)
+        except BaseException as error:
+            self._put(error)
+
+    def _put(self, item: Batch | Failed | BaseException | None) -> bool:
+        while not self.closed.is_set():
+            try:
+                self.queue.put(item, timeout=0.2)
+                return True
+            except queue.Full:
+                continue
+        return False

@@ -1,0 +1,130 @@
+"""URIs to parts, fixed once: the plan, its Parquet form, and how large a part may be.
+
+The stored plan is authority: whoever finds one reads it and does not list the input again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipeline.errors import InputError, JobError, RunMismatch
+from pipeline.job import JobSpec, differences, identity, identity_hash
+from pipeline.models import Card
+from pipeline.read import PartLimits
+from pipeline.schema import Part, Piece
+
+PART_BYTES = 64 << 20  # of the widest model's columns: a part is always one plain PUT
+ROW_OVERHEAD_BYTES = 256  # key, shard, sizes and a caption of ordinary length
+
+PIECE_TYPE = pa.struct(
+    [
+        ("uri", pa.string()), ("size_bytes", pa.int64()), ("etag", pa.string()),
+        ("start", pa.int64()), ("stop", pa.int64()), ("rows", pa.int64()),
+    ]
+)  # fmt: skip
+PLAN_SCHEMA = pa.schema(
+    [
+        pa.field("index", pa.int32(), nullable=False),
+        pa.field("id", pa.string(), nullable=False),
+        pa.field("rows", pa.int64()),
+        pa.field("size_bytes", pa.int64(), nullable=False),
+        pa.field("pieces", pa.list_(PIECE_TYPE), nullable=False),
+    ]
+)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The parts, and for each model's partition what its run identity is made of."""
+
+    parts: tuple[Part, ...]
+    identities: Mapping[str, Mapping[str, Any]]
+
+    def identity(self, model: str) -> str:
+        return identity_hash(self.identities[model])
+
+    def file_name(self, model: str, part: Part) -> str:
+        """Where a part's rows of one model lie, below the output's folder."""
+        return f"model={model}/part-{part.index:06d}-{part.id(self.identity(model))}.parquet"
+
+    @property
+    def rows(self) -> int | None:
+        counts = [part.rows for part in self.parts]
+        return None if None in counts else sum(count or 0 for count in counts)
+
+
+def make_plan(job: JobSpec, cards: Mapping[str, Card], dtype: str) -> Plan:
+    """List the input and cut it into parts. Raises InputError, StorageError."""
+    limits = PartLimits(rows=rows_per_part(job, cards))
+    parts = tuple(Part(index, pieces) for index, pieces in enumerate(job.input.plan(limits)))
+    if not parts:
+        raise InputError("the input holds no images", hint="look at `input.uris` and `input.kind`")
+    return Plan(parts, identities(job, cards, dtype))
+
+
+def identities(job: JobSpec, cards: Mapping[str, Card], dtype: str) -> dict[str, dict[str, Any]]:
+    return {model.name: identity(job, model, cards[model.name], dtype) for model in job.models}
+
+
+def rows_per_part(job: JobSpec, cards: Mapping[str, Card]) -> int:
+    """The smaller of the job's number and what fits PART_BYTES of the widest model's columns."""
+    limit = job.output.rows_per_part
+    for model in job.models:
+        card = cards[model.name]
+        row_bytes = ROW_OVERHEAD_BYTES + sum(output.bytes_per_row(card) for output in model.outputs)
+        if row_bytes > PART_BYTES:
+            raise JobError(
+                f"model `{model.name}`: one row of its outputs may take {row_bytes:,} bytes; a whole part is bounded by {PART_BYTES:,}",
+                hint="ask for fewer layers or stages, or for a smaller image_size",
+            )
+        limit = min(limit, PART_BYTES // row_bytes)
+    return limit
+
+
+def check_same_run(stored: Plan, ours: Mapping[str, Mapping[str, Any]], uri: str) -> None:
+    """Refuse to resume under another identity. Raises RunMismatch that names what differs."""
+    if stored.identities.keys() != ours.keys():
+        theirs, mine = ", ".join(sorted(stored.identities)), ", ".join(sorted(ours))
+        raise RunMismatch(
+            f"{uri} belongs to a run of models [{theirs}]; this job has [{mine}]", hint="use another output.uri"
+        )
+    for name, what in ours.items():
+        lines = differences(json.loads(json.dumps(what)), stored.identities[name])
+        if lines:
+            more = f" (and {len(lines) - 6} more)" if len(lines) > 6 else ""
+            raise RunMismatch(
+                f"{uri} belongs to another run; for model `{name}` these differ:\n  " + "\n  ".join(lines[:6]) + more,
+                hint="use another output.uri, or the job file that started this one",
+            )
+
+
+def encode_plan(plan: Plan) -> bytes:
+    """The plan as a Parquet file, the same bytes for the same plan."""
+    rows = [
+        {"index": part.index, "id": part.covers[:16], "rows": part.rows, "size_bytes": part.size_bytes,
+         "pieces": [asdict(piece) for piece in part.pieces]}
+        for part in plan.parts
+    ]  # fmt: skip
+    table = pa.Table.from_pylist(rows, schema=PLAN_SCHEMA)
+    table = table.replace_schema_metadata({"img2parquet.identities": json.dumps(plan.identities, sort_keys=True)})
+    sink = pa.BufferOutputStream()
+    pq.write_table(table, sink, compression="zstd")
+    return bytes(sink.getvalue())
+
+
+def decode_plan(data: bytes) -> Plan:
+    table = pq.read_table(pa.BufferReader(data))
+    identities = json.loads(table.schema.metadata[b"img2parquet.identities"])
+    columns = zip(table.column("index").to_pylist(), table.column("pieces").to_pylist(), strict=True)
+    return Plan(tuple(Part(index, tuple(Piece(**p) for p in pieces)) for index, pieces in columns), identities)
+
+
+def plan_hash(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()

@@ -1,0 +1,63 @@
+"""A run's tally to the terminal: one live line where there is one, plain lines where there is not."""
+
+from __future__ import annotations
+
+import sys
+import threading
+import time
+from typing import TextIO
+
+from pipeline.driver import Tally
+
+PLAIN_EVERY_S = 10.0
+
+
+class Progress:
+    """Called with the tally whenever it changes, from any thread; prints to stderr."""
+
+    def __init__(self, stream: TextIO = sys.stderr) -> None:
+        self.stream = stream
+        self.live = stream.isatty()
+        self.lock = threading.Lock()
+        self.printed_at = 0.0
+        self.printed_parts = -1
+
+    def __call__(self, tally: Tally) -> None:
+        with self.lock:
+            now = time.monotonic()
+            every = 0.2 if self.live else PLAIN_EVERY_S
+            ended = tally.parts_committed + tally.parts_done_before == tally.parts
+            if now - self.printed_at < every and not (ended and tally.parts_committed != self.printed_parts):
+                return
+            self.printed_at, self.printed_parts = now, tally.parts_committed
+            text = describe(tally)
+            self.stream.write(f"\r\x1b[2K{text}" if self.live else text + "\n")
+            self.stream.flush()
+
+    def close(self) -> None:
+        if self.live and self.printed_at:
+            self.stream.write("\n")
+
+
+def describe(tally: Tally) -> str:
+    """`parts 3/8  rows 1,204  rejects 12  310 images/s  ETA 0:42`"""
+    done = tally.parts_done_before + tally.parts_committed
+    words = [f"parts {done}/{tally.parts}", f"rows {tally.rows_in:,}", f"rejects {tally.rows_rejected:,}"]
+    if tally.images_per_s:
+        words.append(f"{tally.images_per_s:,.0f} images/s")
+    left = eta_s(tally)
+    if left is not None:
+        words.append(f"ETA {int(left) // 60}:{int(left) % 60:02d}")
+    return "  ".join(words)
+
+
+def eta_s(tally: Tally) -> float | None:
+    """Seconds left, from the share of this session's rows or, where the plan cannot count them, parts."""
+    if not tally.working_since:
+        return None
+    elapsed = time.monotonic() - tally.working_since
+    todo = tally.parts - tally.parts_done_before
+    share = tally.parts_committed / todo if todo else 1.0
+    if tally.rows_planned and not tally.parts_done_before:
+        share = max(share, tally.rows_in / tally.rows_planned)
+    return elapsed * (1 - share) / share if share > 0 else None
