@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from pipeline.models.model import Model
 
 FAMILIES = {
+    "beit": "pipeline.models.beit",
     "levit": "pipeline.models.levit",
     "vit_msn": "pipeline.models.vit_msn",
 }

@@ -1,0 +1,854 @@
+"""BEiT checkpoints to features: a ViT with relative-position biases, layer scale and four heads (Bao et al. 2021).
+
+Shapes: B batch, N patches, T = 1 + N tokens, D width, H heads, E width of one head, R distances in a bias table,
+h w the patch grid, K classes, V visual vocabulary.
+
+- Any input size runs: each bias table is resized bilinearly and the absolute positions bicubically to the input's grid.
+- The resize of a table reads it with height and width swapped, as the reference does; it matters only for checkpoints
+  whose own image size is not square.
+- `pooled` is the mean over the patches *after a layer norm of its own*, or the class token after the final norm.
+- Segmentation takes `hidden_states[i - 1]` for `out_indices` i, a backbone `hidden_states[i]`: the reference's choice,
+  with which its checkpoints were trained.
+- Layers that no wanted feature needs are not run.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from math import isqrt
+from typing import Any, NoReturn, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pipeline.errors import CheckpointError, OutputUnavailable, nearest
+from pipeline.models import Published
+from pipeline.models.checkpoint import num_labels
+from pipeline.models.layers import activation, attend, fused_linear, resize_positions
+from pipeline.models.upernet import Neck, UperHead, fold_head, fold_neck
+
+MODEL_TYPE = "beit"
+PREFIX = "beit."
+PROCESSOR = "BeitImageProcessor"
+EMBEDDING = (
+    "layer norm of the mean over the last layer's patch tokens; the class token after the final norm where the "
+    "checkpoint says `use_mean_pooling: false`; nothing where its pooling norm was never trained"
+)
+
+# Name on disk -> ours: the layout of published files, then what transformers 5 calls the same modules in memory.
+KEYS = {
+    "embeddings.cls_token": "embed.cls_token",
+    "embeddings.mask_token": "embed.mask_token",
+    "embeddings.position_embeddings": "embed.positions",
+    "embeddings.patch_embeddings.projection": "embed.patches",
+    "encoder.relative_position_bias.relative_position_bias_table": "shared_bias.table_RH",
+    "encoder.layer.{}.lambda_1": "blocks.{}.scale1",
+    "encoder.layer.{}.lambda_2": "blocks.{}.scale2",
+    "encoder.layer.{}.layernorm_before": "blocks.{}.norm1",
+    "encoder.layer.{}.layernorm_after": "blocks.{}.norm2",
+    "encoder.layer.{}.attention.attention.query": "blocks.{}.attention.q",
+    "encoder.layer.{}.attention.attention.key": "blocks.{}.attention.k",
+    "encoder.layer.{}.attention.attention.value": "blocks.{}.attention.v",
+    "encoder.layer.{}.attention.output.dense": "blocks.{}.attention.out",
+    "encoder.layer.{}.attention.attention.relative_position_bias.relative_position_bias_table": (
+        "blocks.{}.bias.table_RH"
+    ),
+    "encoder.layer.{}.intermediate.dense": "blocks.{}.mlp.up",
+    "encoder.layer.{}.output.dense": "blocks.{}.mlp.down",
+    "layernorm": "norm",
+    "beit.layernorm": "encoder_norm",  # only beside a top-level `layernorm`: masked image modelling with CLS pooling
+    "pooler.layernorm": "pool_norm",
+    "classifier": "classifier",
+    "lm_head": "lm_head",
+    "fpn1.{}": "neck.up4.{}",
+    "fpn2.{}": "neck.up2.{}",
+    "decode_head.psp_modules.{}.{}": "head.psp.{}.{}",
+    "decode_head.psp_modules.{}.{}.bn": "head.psp.{}.{}.norm",
+    "decode_head.bottleneck.conv": "head.psp_bottleneck.conv",
+    "decode_head.bottleneck.bn": "head.psp_bottleneck.norm",
+    "decode_head.lateral_convs.{}.conv": "head.laterals.{}.conv",
+    "decode_head.lateral_convs.{}.bn": "head.laterals.{}.norm",
+    "decode_head.fpn_convs.{}.conv": "head.smooth.{}.conv",
+    "decode_head.fpn_convs.{}.bn": "head.smooth.{}.norm",
+    "decode_head.fpn_bottleneck.conv": "head.bottleneck.conv",
+    "decode_head.fpn_bottleneck.bn": "head.bottleneck.norm",
+    "decode_head.classifier": "head.classifier",
+    # transformers 5, in memory
+    "shared_position_bias.relative_position_bias_table": "shared_bias.table_RH",
+    "layers.{}.lambda_1": "blocks.{}.scale1",
+    "layers.{}.lambda_2": "blocks.{}.scale2",
+    "layers.{}.layernorm_before": "blocks.{}.norm1",
+    "layers.{}.layernorm_after": "blocks.{}.norm2",
+    "layers.{}.attention.q_proj": "blocks.{}.attention.q",
+    "layers.{}.attention.k_proj": "blocks.{}.attention.k",
+    "layers.{}.attention.v_proj": "blocks.{}.attention.v",
+    "layers.{}.attention.o_proj": "blocks.{}.attention.out",
+    "layers.{}.relative_position_bias.relative_position_bias_table": "blocks.{}.bias.table_RH",
+    "layers.{}.mlp.fc1": "blocks.{}.mlp.up",
+    "layers.{}.mlp.fc2": "blocks.{}.mlp.down",
+    "fpn.fpn1.conv_transpose1": "neck.up4.0",
+    "fpn.fpn1.normalization": "neck.up4.1",
+    "fpn.fpn1.conv_transpose2": "neck.up4.3",
+    "fpn.fpn2": "neck.up2.0",
+    "decode_head.psp_modules.blocks.{}.conv.convolution": "head.psp.{}.1.conv",
+    "decode_head.psp_modules.blocks.{}.conv.normalization": "head.psp.{}.1.norm",
+    "decode_head.psp_bottleneck.convolution": "head.psp_bottleneck.conv",
+    "decode_head.psp_bottleneck.normalization": "head.psp_bottleneck.norm",
+    "decode_head.lateral_convs.{}.convolution": "head.laterals.{}.conv",
+    "decode_head.lateral_convs.{}.normalization": "head.laterals.{}.norm",
+    "decode_head.fpn_convs.{}.convolution": "head.smooth.{}.conv",
+    "decode_head.fpn_convs.{}.normalization": "head.smooth.{}.norm",
+    "decode_head.fpn_bottleneck.convolution": "head.bottleneck.conv",
+    "decode_head.fpn_bottleneck.normalization": "head.bottleneck.norm",
+}
+
+UNUSED = (
+    "*relative_position_index",  # follows from the size
+    "auxiliary_head.*",  # a second segmentation head that only adds to the training loss
+)
+
+HEADS: Mapping[str, tuple[str, ...]] = {
+    "BeitModel": ("pooler.layernorm.weight",),
+    "BeitForMaskedImageModeling": ("lm_head.weight",),
+    "BeitForImageClassification": ("pooler.layernorm.weight", "classifier.weight"),
+    "BeitForSemanticSegmentation": ("decode_head.classifier.weight",),
+    "BeitBackbone": ("fpn1.0.weight",),
+}
+NECK_NAMES = {"fpn1.0.weight", "fpn.fpn1.conv_transpose1.weight"}
+
+
+_LARGE = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16}
+_OWN_BIAS = {"use_relative_position_bias": True}
+_PRETRAINED = {"use_mask_token": True, "use_shared_relative_position_bias": True}
+_MASKED, _CLASSES = "BeitForMaskedImageModeling", "BeitForImageClassification"
+_TIMM, _UNILM = "timm's results-imagenet.csv", "the authors' README (unilm)"
+
+
+def _processor(size: int, resample: int, **more: Any) -> dict[str, Any]:
+    squash = {"do_resize": True, "size": {"height": size, "width": size}, "resample": resample, "do_center_crop": False}
+    values = {"do_rescale": True, "rescale_factor": 1 / 255, "image_mean": [0.5] * 3, "image_std": [0.5] * 3}
+    return squash | values | {"do_normalize": True, "image_processor_type": PROCESSOR} | more
+
+
+def _published(
+    repo: str, architecture: str, config: dict[str, Any], size: int, parameters: int, gmacs: float, accuracy: str = ""
+) -> Published:
+    config = {"image_size": size, **config}
+    return Published("microsoft/" + repo, architecture, config, _processor(size, 2), parameters, gmacs, size, accuracy)
+
+
+def _ade(repo: str, config: dict[str, Any], parameters: int, gmacs: float, accuracy: str) -> Published:
+    config = {"image_size": 640, "num_labels": 150, **_OWN_BIAS, **config}
+    processor = _processor(640, 3, do_reduce_labels=True)
+    return Published(
+        "microsoft/" + repo, "BeitForSemanticSegmentation", config, processor, parameters, gmacs, 640, accuracy
+    )
+
+
+PUBLISHED = (
+    _published("beit-base-patch16-224-pt22k", _MASKED, _PRETRAINED, 224, 91_965_776, 18.80),
+    _published("beit-large-patch16-224-pt22k", _MASKED, {**_LARGE, **_PRETRAINED}, 224, 311_534_016, 63.20),
+    _published(
+        "beit-base-patch16-224-pt22k-ft22k", _CLASSES, {**_OWN_BIAS, "num_labels": 21841}, 224, 102_557_713, 17.58
+    ),
+    _published(
+        "beit-large-patch16-224-pt22k-ft22k",
+        _CLASSES,
+        {**_LARGE, **_OWN_BIAS, "num_labels": 21841},
+        224,
+        325_792_593,
+        61.58,
+    ),
+    *(
+        _published(repo, _CLASSES, {**width, **_OWN_BIAS, "num_labels": 1000}, size, parameters, gmacs, accuracy)
+        for repo, width, size, parameters, gmacs, accuracy in (
+            ("beit-base-patch16-224", {}, 224, 86_530_984, 17.56, f"top-1 85.24 % ({_TIMM}), 85.2 % ({_UNILM})"),
+            ("beit-base-patch16-384", {}, 384, 86_744_104, 55.48, f"top-1 86.81 % ({_TIMM})"),
+            ("beit-large-patch16-224", _LARGE, 224, 304_430_568, 61.55, f"top-1 87.49 % ({_TIMM})"),
+            ("beit-large-patch16-384", _LARGE, 384, 304_998_888, 191.1, f"top-1 88.38 % ({_TIMM})"),
+            ("beit-large-patch16-512", _LARGE, 512, 305_674_728, 362.0, f"top-1 88.58 % ({_TIMM})"),
+        )
+    ),
+    _ade(
+        "beit-base-finetuned-ade-640-640",
+        {"out_indices": [3, 5, 7, 11]},
+        163_407_980,
+        965.0,
+        f"ADE20k mIoU 53.6 ({_UNILM})",
+    ),
+    _ade(
+        "beit-large-finetuned-ade-640-640",
+        {**_LARGE, "out_indices": [7, 11, 15, 23]},
+        441_271_084,
+        1996.0,
+        f"ADE20k mIoU 56.7 ({_UNILM})",
+    ),
+)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """config.json by its own names, sizes as (height, width). Fields that only training reads are kept, not used."""
+
+    input_size: tuple[int, int]  # of what reaches the model; the one field that config.json does not have
+    vocab_size: int = 8192
+    hidden_size: int = 768
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 12
+    intermediate_size: int = 3072
+    hidden_act: str = "gelu"
+    hidden_dropout_prob: float = 0.0
+    attention_probs_dropout_prob: float = 0.0
+    initializer_range: float = 0.02
+    layer_norm_eps: float = 1e-12
+    image_size: tuple[int, int] = (224, 224)
+    patch_size: tuple[int, int] = (16, 16)
+    num_channels: int = 3
+    use_mask_token: bool = False
+    use_absolute_position_embeddings: bool = False
+    use_relative_position_bias: bool = False
+    use_shared_relative_position_bias: bool = False
+    layer_scale_init_value: float = 0.1
+    drop_path_rate: float = 0.1
+    use_mean_pooling: bool = True
+    pool_scales: tuple[int, ...] = (1, 2, 3, 6)
+    use_auxiliary_head: bool = True
+    auxiliary_loss_weight: float = 0.4
+    auxiliary_channels: int = 256
+    auxiliary_num_convs: int = 1
+    auxiliary_concat_input: bool = False
+    semantic_loss_ignore_index: int = 255
+    out_features: tuple[str, ...] = ()
+    out_indices: tuple[int, ...] = ()
+    add_fpn: bool = False
+    reshape_hidden_states: bool = True
+    num_labels: int = 2
+
+    @property
+    def trained_grid(self) -> tuple[int, int]:
+        return self.image_size[0] // self.patch_size[0], self.image_size[1] // self.patch_size[1]
+
+    @property
+    def input_grid(self) -> tuple[int, int]:
+        return self.input_size[0] // self.patch_size[0], self.input_size[1] // self.patch_size[1]
+
+    @property
+    def stages(self) -> tuple[str, ...]:
+        return ("stem", *(f"stage{k}" for k in range(1, self.num_hidden_layers + 1)))
+
+    @property
+    def segmentation_states(self) -> tuple[int, ...]:
+        """Which hidden states the segmentation head takes; index 0 wraps round to the last, as in the reference."""
+        return tuple((i - 1) % (self.num_hidden_layers + 1) for i in self.out_indices)
+
+
+# --- the model, from the top ---
+
+
+class Beit(nn.Module):
+    """Normalised pixels -> the wanted features. Which heads there are is said by what the checkpoint has."""
+
+    def __init__(self, settings: Settings, names: frozenset[str]) -> None:
+        super().__init__()
+        s = self.settings = settings
+        has_lm_head, has_decoder = "lm_head.weight" in names, "decode_head.classifier.weight" in names
+        self.embed: Embed | FastEmbed = Embed(s)
+        self.shared_bias = RelativeBias(s) if s.use_shared_relative_position_bias else None
+        self.blocks = nn.ModuleList(Block(s) for _ in range(s.num_hidden_layers))
+        self.norm = _layer_norm(s) if has_lm_head or not s.use_mean_pooling else None
+        self.encoder_norm = _layer_norm(s) if has_lm_head and not s.use_mean_pooling else None
+        self.pool_norm = _layer_norm(s) if "pooler.layernorm.weight" in names and s.use_mean_pooling else None
+        self.classifier = nn.Linear(s.hidden_size, s.num_labels) if "classifier.weight" in names else None
+        self.lm_head = nn.Linear(s.hidden_size, s.vocab_size) if has_lm_head else None
+        self.neck = Neck(s.hidden_size) if has_decoder or (s.add_fpn and NECK_NAMES & names) else None
+        self.head = UperHead(s.hidden_size, s.pool_scales, s.num_labels) if has_decoder else None
+
+    def forward(self, x_BCHW: Tensor, wants: frozenset[str], mask_BN: Tensor | None = None) -> dict[str, Tensor]:
+        """x_BCHW -> the wanted features; `mask_BN` (bool) puts the mask token in place of those patches."""
+        _check_wants(wants, self.gives())
+        grid = x_BCHW.shape[2] // self.settings.patch_size[0], x_BCHW.shape[3] // self.settings.patch_size[1]
+        run = Run(self, grid, wants)
+        run.encode(x_BCHW, mask_BN)
+        return {name: run.feature(name) for name in sorted(wants)}
+
+    def gives(self) -> dict[str, tuple[int, ...]]:
+        """Every feature with its shape, without the batch, at the settings' input size."""
+        s, (h, w) = self.settings, self.settings.input_grid
+        D, T, layers = s.hidden_size, 1 + h * w, range(s.num_hidden_layers)
+        given: dict[str, tuple[int, ...]] = {"pooled": (D,)} if self.pools else {}
+        given |= {"pooled:cls": (D,), "pooled:mean": (D,), "tokens": (T, D)}
+        given |= {f"tokens:{k}": (T, D) for k in range(s.num_hidden_layers + 1)}
+        given |= {f"attentions:{k}": (s.num_attention_heads, T, T) for k in layers}
+        given |= {f"feature_maps:{name}": shape for name, shape in self._map_shapes(h, w)}
+        given |= {"logits": (s.num_labels,)} if self.classifier is not None else {}
+        given |= {"visual_tokens": (h * w, s.vocab_size)} if self.lm_head is not None else {}
+        return given | ({"segmentation": (s.num_labels, 4 * h, 4 * w)} if self.head is not None else {})
+
+    @property
+    def pools(self) -> bool:
+        return self.pool_norm is not None or not self.settings.use_mean_pooling
+
+    def _map_shapes(self, h: int, w: int) -> Iterator[tuple[str, tuple[int, ...]]]:
+        s = self.settings
+        if not s.add_fpn:
+            shape = (s.hidden_size, h, w) if s.reshape_hidden_states else (1 + h * w, s.hidden_size)
+            yield from ((name, shape) for name in s.stages)
+        elif self.neck is not None:
+            sizes = ((4 * h, 4 * w), (2 * h, 2 * w), (h, w), (h // 2, w // 2))
+            yield from ((name, (s.hidden_size, *size)) for name, size in zip(s.out_features, sizes, strict=True))
+
+    def states_read(self, wants: frozenset[str]) -> set[int]:
+        """The hidden states that the wanted features are made of."""
+        return {k for name in wants for k in self._states_of(name)}
+
+    def _states_of(self, name: str) -> Sequence[int]:
+        s, (kind, _, which) = self.settings, name.partition(":")
+        if name.startswith("tokens:"):
+            return (int(which),)
+        if kind == "attentions":
+            return ()
+        if kind == "segmentation":
+            return s.segmentation_states
+        if kind == "feature_maps":
+            return s.out_indices if s.add_fpn else (s.stages.index(which),)
+        return (s.num_hidden_layers,)
+
+    def layers(self) -> list[Block]:
+        return cast(list[Block], list(self.blocks))
+
+    def biases(self, grid: tuple[int, int]) -> Callable[[int], Tensor | None]:
+        """The attention bias of layer k for this grid, (1, H, T, T), shared and own summed; None without any."""
+        shared = self.shared_bias(grid) if self.shared_bias is not None else None
+
+        def of_layer(k: int) -> Tensor | None:
+            own = self.layers()[k].bias
+            if own is None:
+                return shared
+            bias: Tensor = own(grid) if shared is None else shared + own(grid)
+            return bias
+
+        return of_layer
+
+
+class Run:
+    """One forward pass: the hidden states and attentions that were asked for, and what is made of them."""
+
+    def __init__(self, model: Beit, grid: tuple[int, int], wants: frozenset[str]) -> None:
+        self.model, self.grid, self.keep = model, grid, model.states_read(wants)
+        self.keep_attentions = {int(name.removeprefix("attentions:")) for name in wants if name[0] == "a"}
+        self.states_BTD: dict[int, Tensor] = {}
+        self.attentions_BHTT: dict[int, Tensor] = {}
+        self.made_tokens_BTD: Tensor | None = None
+        self.made_pyramid: list[Tensor] | None = None
+
+    def encode(self, x_BCHW: Tensor, mask_BN: Tensor | None) -> None:
+        x_BTD = self.model.embed(x_BCHW, mask_BN)
+        depth = max([*self.keep, *(k + 1 for k in self.keep_attentions)], default=0)
+        bias = self.model.biases(self.grid) if depth else None
+        for k in range(depth):
+            self._keep(k, x_BTD)
+            assert bias is not None
+            x_BTD, weights_BHTT = self.model.blocks[k](x_BTD, bias(k), k in self.keep_attentions)
+            if weights_BHTT is not None:
+                self.attentions_BHTT[k] = weights_BHTT
+        self._keep(depth, x_BTD)
+
+    def _keep(self, k: int, x_BTD: Tensor) -> None:
+        if k in self.keep:
+            self.states_BTD[k] = x_BTD
+
+    def feature(self, name: str) -> Tensor:
+        kind, _, which = name.partition(":")
+        if kind == "tokens" and which:
+            return self.states_BTD[int(which)]
+        if kind == "attentions":
+            return self.attentions_BHTT[int(which)]
+        if kind == "feature_maps":
+            return self._feature_map(which)
+        makers: dict[str, Callable[[], Tensor]] = {
+            "tokens": self._tokens,
+            "pooled": self._pooled,
+            "pooled:cls": lambda: self._tokens()[:, 0],
+            "pooled:mean": lambda: self._tokens()[:, 1:].mean(1),
+            "logits": self._logits,
+            "visual_tokens": self._visual_tokens,
+            "segmentation": self._segmentation,
+        }
+        return makers[name]()
+
+    def _tokens(self) -> Tensor:
+        """The reference's `last_hidden_state`: after the final norm, which a mean-pooled encoder does not have."""
+        if self.made_tokens_BTD is None:
+            model, x_BTD = self.model, self.states_BTD[self.model.settings.num_hidden_layers]
+            final = None if model.settings.use_mean_pooling else (model.encoder_norm or model.norm)
+            self.made_tokens_BTD = x_BTD if final is None else final(x_BTD)
+        return self.made_tokens_BTD
+
+    def _pooled(self) -> Tensor:
+        if self.model.pool_norm is None:
+            return self._tokens()[:, 0]
+        return self.model.pool_norm(self._tokens()[:, 1:].mean(1))  # type: ignore[no-any-return]
+
+    def _logits(self) -> Tensor:
+        assert self.model.classifier is not None
+        return self.model.classifier(self._pooled())  # type: ignore[no-any-return]
+
+    def _visual_tokens(self) -> Tensor:
+        assert self.model.lm_head is not None and self.model.norm is not None
+        return self.model.lm_head(self.model.norm(self._tokens()[:, 1:]))  # type: ignore[no-any-return]
+
+    def _segmentation(self) -> Tensor:
+        assert self.model.head is not None
+        return self.model.head(self._pyramid(self.model.settings.segmentation_states))  # type: ignore[no-any-return]
+
+    def _feature_map(self, stage: str) -> Tensor:
+        s = self.model.settings
+        if s.add_fpn:
+            self.made_pyramid = self.made_pyramid or self._pyramid(s.out_indices)
+            return self.made_pyramid[s.out_features.index(stage)]
+        x_BTD = self.states_BTD[s.stages.index(stage)]
+        return _to_map(x_BTD, self.grid) if s.reshape_hidden_states else x_BTD
+
+    def _pyramid(self, states: Sequence[int]) -> list[Tensor]:
+        assert self.model.neck is not None
+        return self.model.neck([_to_map(self.states_BTD[k], self.grid) for k in states])  # type: ignore[no-any-return]
+
+
+class Embed(nn.Module):
+    """x_BCHW -> x_BTD: patches (or the mask token), the class token before them, absolute positions where trained."""
+
+    def __init__(self, s: Settings) -> None:
+        super().__init__()
+        self.grid, self.patch_size = s.trained_grid, s.patch_size
+        self.patches = nn.Conv2d(s.num_channels, s.hidden_size, kernel_size=s.patch_size, stride=s.patch_size)
+        self.cls_token = _parameter(1, 1, s.hidden_size)
+        self.mask_token = _parameter(1, 1, s.hidden_size) if s.use_mask_token else None
+        N = s.trained_grid[0] * s.trained_grid[1]
+        self.positions = _parameter(1, 1 + N, s.hidden_size) if s.use_absolute_position_embeddings else None
+
+    def forward(self, x_BCHW: Tensor, mask_BN: Tensor | None) -> Tensor:
+        x_BDhw = self.patches(x_BCHW)
+        x_BND = x_BDhw.flatten(2).transpose(1, 2)
+        if mask_BN is not None:
+            x_BND = torch.where(mask_BN[..., None], _mask_token(self.mask_token), x_BND)
+        x_BTD = torch.cat([self.cls_token.expand(len(x_BND), -1, -1), x_BND], dim=1)
+        h, w = x_BDhw.shape[2:]
+        return x_BTD if self.positions is None else x_BTD + self.positions_for((h, w))
+
+    def positions_for(self, grid: tuple[int, int]) -> Tensor:
+        """The trained positions resized to a grid, (1, T, D)."""
+        assert self.positions is not None
+        trained = self.positions.shape[1] - 1
+        pixels_h, pixels_w = grid[0] * self.patch_size[0], grid[1] * self.patch_size[1]
+        if grid[0] * grid[1] == trained and pixels_h == pixels_w:
+            return self.positions
+        return resize_positions(self.positions, grid)  # takes every trained grid for a square one, as the reference
+
+
+class Block(nn.Module):
+    """x_BTD -> x_BTD, and the attention weights where they are asked for."""
+
+    def __init__(self, s: Settings) -> None:
+        super().__init__()
+        self.bias = RelativeBias(s) if s.use_relative_position_bias else None
+        self.norm1, self.attention = _layer_norm(s), Attention(s)
+        self.norm2, self.mlp = _layer_norm(s), Mlp(s)
+        scaled = s.layer_scale_init_value > 0
+        self.scale1 = _parameter(s.hidden_size) if scaled else None
+        self.scale2 = _parameter(s.hidden_size) if scaled else None
+
+    def forward(self, x_BTD: Tensor, bias: Tensor | None, with_weights: bool) -> tuple[Tensor, Tensor | None]:
+        y_BTD, weights_BHTT = self.attention(self.norm1(x_BTD), bias)
+        x_BTD = x_BTD + (y_BTD if self.scale1 is None else self.scale1 * y_BTD)
+        y_BTD = self.mlp(self.norm2(x_BTD))
+        x_BTD = x_BTD + (y_BTD if self.scale2 is None else self.scale2 * y_BTD)
+        return x_BTD, weights_BHTT if with_weights else None
+
+
+class Attention(nn.Module):
+    """x_BTD -> x_BTD and the softmax weights (B, H, T, T). Keys have no bias: it would cancel in the softmax."""
+
+    def __init__(self, s: Settings) -> None:
+        super().__init__()
+        self.heads = s.num_attention_heads
+        self.q = nn.Linear(s.hidden_size, s.hidden_size)
+        self.k = nn.Linear(s.hidden_size, s.hidden_size, bias=False)
+        self.v = nn.Linear(s.hidden_size, s.hidden_size)
+        self.out = nn.Linear(s.hidden_size, s.hidden_size)
+
+    def forward(self, x_BTD: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+        B, T, _ = x_BTD.shape
+        q, k, v = (f(x_BTD).view(B, T, self.heads, -1).transpose(1, 2) for f in (self.q, self.k, self.v))
+        x_BHTE, weights_BHTT = attend(q, k, v, bias)
+        return self.out(x_BHTE.transpose(1, 2).flatten(2)), weights_BHTT
+
+
+class Mlp(nn.Module):
+    def __init__(self, s: Settings) -> None:
+        super().__init__()
+        self.up = nn.Linear(s.hidden_size, s.intermediate_size)
+        self.activation_name = s.hidden_act
+        self.down = nn.Linear(s.intermediate_size, s.hidden_size)
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        return self.down(activation(self.activation_name)(self.up(x_BTD)))  # type: ignore[no-any-return]
+
+
+class RelativeBias(nn.Module):
+    """A patch grid -> what attention adds for each pair of tokens, (1, H, T, T), from a table over their distances."""
+
+    def __init__(self, s: Settings) -> None:
+        super().__init__()
+        self.grid = s.trained_grid
+        self.table_RH = _parameter(num_distances(s.trained_grid), s.num_attention_heads)
+
+    def forward(self, grid: tuple[int, int]) -> Tensor:
+        bias = self.resized(grid)[distance_index(grid, self.table_RH.device)]
+        return bias.permute(2, 0, 1)[None]
+
+    def resized(self, grid: tuple[int, int]) -> Tensor:
+        """The table for another grid; the last three rows, of the class token, stay."""
+        if grid == self.grid and grid[0] == grid[1]:
+            return self.table_RH
+        old_h, old_w = (2 * n - 1 for n in self.grid)
+        patches, rest = self.table_RH[:-3], self.table_RH[-3:]
+        image = patches.reshape(1, old_w, old_h, -1).permute(
+            0, 3, 1, 2
+        )  # not (old_h, old_w): see the module's docstring
+        image = F.interpolate(image, size=[2 * n - 1 for n in grid], mode="bilinear", align_corners=False)
+        return torch.cat([image[0].flatten(1).T, rest])
+
+
+def num_distances(grid: tuple[int, int]) -> int:
+    return (2 * grid[0] - 1) * (2 * grid[1] - 1) + 3
+
+
+def distance_index(grid: tuple[int, int], device: torch.device) -> Tensor:
+    """For each pair (query, key) of tokens, its row of the bias table: (T, T), class token first."""
+    h, w = grid
+    y_N, x_N = (n.flatten() for n in torch.meshgrid(*(torch.arange(n, device=device) for n in grid), indexing="ij"))
+    rows_NN = (y_N[:, None] - y_N + h - 1) * (2 * w - 1) + (x_N[:, None] - x_N + w - 1)
+    R = num_distances(grid)
+    index_TT = F.pad(rows_NN, (1, 0, 1, 0))
+    index_TT[0, :], index_TT[:, 0], index_TT[0, 0] = R - 3, R - 2, R - 1
+    return index_TT
+
+
+def _to_map(x_BTD: Tensor, grid: tuple[int, int]) -> Tensor:
+    """Tokens without the class token -> (B, D, h, w)."""
+    B, _, D = x_BTD.shape
+    return x_BTD[:, 1:].transpose(1, 2).reshape(B, D, *grid)
+
+
+def _layer_norm(s: Settings) -> nn.LayerNorm:
+    return nn.LayerNorm(s.hidden_size, eps=s.layer_norm_eps)
+
+
+def _parameter(*shape: int) -> nn.Parameter:
+    return nn.Parameter(torch.zeros(shape))
+
+
+def _mask_token(token: Tensor | None) -> Tensor:
+    if token is None:
+        raise OutputUnavailable(
+            "masked patches need a mask token, which this checkpoint does not have",
+            hint="use a pre-trained one (`use_mask_token: true`, as microsoft/beit-base-patch16-224-pt22k), or no mask",
+        )
+    return token
+
+
+def _check_wants(wants: frozenset[str], given: Mapping[str, Any]) -> None:
+    for name in sorted(wants - given.keys()):
+        raise OutputUnavailable(f"BEiT: this checkpoint does not give `{name}`", known=given, hint=nearest(name, given))
+
+
+# --- config.json, and the plain module ---
+
+
+def build(settings: Settings, names: frozenset[str]) -> Beit:
+    """The plain module with the heads that the names on disk speak of."""
+    if "decode_head.classifier.weight" in names:
+        _check_pyramid(settings, "semantic segmentation")
+    return Beit(settings, names)
+
+
+def read_settings(config: Mapping[str, Any], size_HW: tuple[int, int]) -> Settings:
+    """config.json and the input's size -> Settings; what cannot work raises CheckpointError."""
+    said = {f.name: _typed(f.name, config[f.name], f.type) for f in fields(Settings) if config.get(f.name) is not None}
+    said |= {name: _pair(name, config[name]) for name in ("image_size", "patch_size") if name in config}
+    said |= {"num_labels": num_labels(config), "input_size": tuple(size_HW)}
+    settings = Settings(**said)
+    out_features, out_indices = _stages(settings, config)
+    settings = replace(settings, out_features=out_features, out_indices=out_indices)
+    for check in (_check_sizes, _check_widths, _check_positions, _check_fpn):
+        check(settings)
+    return settings
+
+
+_TYPES: dict[str, tuple[type, ...]] = {"int": (int,), "float": (int, float), "bool": (bool,), "str": (str,)}
+
+
+def _typed(name: str, value: Any, kind: Any) -> Any:
+    """One field of config.json, of the type that Settings says."""
+    if kind == "tuple[int, ...]":
+        return (
+            tuple(_typed(name, item, "int") for item in value)
+            if isinstance(value, (list, tuple))
+            else _refuse(name, value, kind)
+        )
+    wanted = _TYPES.get(kind)
+    if wanted is None:
+        return value  # sizes and stages have readers of their own
+    if not isinstance(value, wanted) or (isinstance(value, bool) and kind != "bool"):
+        _refuse(name, value, kind)
+    return value
+
+
+def _pair(name: str, value: Any) -> tuple[int, int]:
+    """A size is one number or (height, width)."""
+    pair = (value, value) if isinstance(value, int) else value
+    if not isinstance(pair, (list, tuple)) or len(pair) != 2 or not all(type(n) is int and n > 0 for n in pair):
+        _refuse(name, value, "a positive int or two of them")
+    return pair[0], pair[1]
+
+
+def _refuse(name: str, value: Any, wanted: str, hint: str = "") -> NoReturn:
+    raise CheckpointError(f"config.json: `{name}` is `{value}`, not {wanted}", hint=hint)
+
+
+def _stages(s: Settings, config: Mapping[str, Any]) -> tuple[tuple[str, ...], tuple[int, ...]]:
+    """`out_features` and `out_indices`, each derived from the other; the last stage where neither is said."""
+    names, indices = config.get("out_features"), config.get("out_indices")
+    if names is None and indices is None:
+        indices = _legacy_indices(s, config) or [s.num_hidden_layers]
+    if indices is None:
+        assert names is not None
+        _check_stages("out_features", names, s.stages)
+        return tuple(names), tuple(s.stages.index(name) for name in names)
+    count = len(s.stages)
+    if not isinstance(indices, (list, tuple)) or not all(type(i) is int and -count <= i < count for i in indices):
+        _refuse("out_indices", indices, f"a list of stages from 0 to {count - 1}")
+    features = tuple(s.stages[i] for i in indices)
+    _check_stages("out_indices", features, s.stages)
+    if names is not None and tuple(names) != features:
+        _refuse("out_features", names, f"the stages {list(features)} that `out_indices` names")
+    return features, tuple(i % count for i in indices)
+
+
+def _legacy_indices(s: Settings, config: Mapping[str, Any]) -> list[int] | None:
+    """`segmentation_indices`, the old name of `out_indices`. Old files of every class have its default, even where a
+    smaller model cannot have those layers; there it says nothing."""
+    legacy = config.get("segmentation_indices")
+    fits = isinstance(legacy, (list, tuple)) and all(type(i) is int and 0 <= i <= s.num_hidden_layers for i in legacy)
+    return list(legacy) if fits and legacy else None
+
+
+def _check_stages(name: str, chosen: Any, stages: tuple[str, ...]) -> None:
+    if not isinstance(chosen, (list, tuple)) or [x for x in stages if x in chosen] != list(chosen) or not chosen:
+        raise CheckpointError(
+            f"config.json: `{name}`: {chosen!r} is not stages in their order, each once", known=stages
+        )
+
+
+def _check_sizes(s: Settings) -> None:
+    for name, size in (("image_size", s.image_size), ("the input's size", s.input_size)):
+        if any(n % p or n < p for n, p in zip(size, s.patch_size, strict=True)):
+            raise CheckpointError(
+                f"{name} {size[0]}x{size[1]} is not made of whole {s.patch_size[0]}x{s.patch_size[1]} patches",
+                hint=f"use multiples of the patch, as {_nearest_size(size, s.patch_size)}",
+            )
+
+
+def _nearest_size(size: tuple[int, int], patch: tuple[int, int]) -> str:
+    return "x".join(str(max(1, round(n / p)) * p) for n, p in zip(size, patch, strict=True))
+
+
+def _check_widths(s: Settings) -> None:
+    for name in (
+        "hidden_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "intermediate_size",
+        "num_channels",
+        "vocab_size",
+    ):
+        if getattr(s, name) < 1:
+            _refuse(name, getattr(s, name), "1 or more")
+    if any(scale < 1 for scale in s.pool_scales):
+        _refuse("pool_scales", list(s.pool_scales), "a list of positive ints")
+    if s.hidden_size % s.num_attention_heads:
+        _refuse("num_attention_heads", s.num_attention_heads, f"a divisor of `hidden_size` {s.hidden_size}")
+    if s.layer_norm_eps < 0:
+        _refuse("layer_norm_eps", s.layer_norm_eps, "0 or more")
+    activation(s.hidden_act)
+
+
+def _check_positions(s: Settings) -> None:
+    count = s.trained_grid[0] * s.trained_grid[1]
+    if s.use_absolute_position_embeddings and isqrt(count) ** 2 != count:
+        raise CheckpointError(
+            f"config.json: `use_absolute_position_embeddings` with a grid of {s.trained_grid[0]}x{s.trained_grid[1]} "
+            "patches: positions are resized from a square grid, and their number is not a square"
+        )
+
+
+def _check_fpn(s: Settings) -> None:
+    if not s.add_fpn:
+        return
+    _check_pyramid(s, "`add_fpn`")
+    if not s.reshape_hidden_states:
+        _refuse("reshape_hidden_states", False, "true, which `add_fpn` needs: a pyramid is made of maps")
+
+
+def _check_pyramid(s: Settings, wanted_by: str) -> None:
+    if len(s.out_indices) != 4:
+        hint = "[3, 5, 7, 11] is usual for a base-sized model"
+        raise CheckpointError(
+            f"config.json: {wanted_by} needs four `out_indices`, not {list(s.out_indices)}", hint=hint
+        )
+    if min(s.input_grid) < 2:
+        raise CheckpointError(
+            f"{wanted_by} halves the patch grid, which is {s.input_grid[0]}x{s.input_grid[1]}: the input is too small"
+        )
+
+
+# --- the fast form ---
+
+BIAS_BYTES = 256 << 20  # of attention biases kept between batches; beyond it each layer's is made when it is its turn
+
+
+def fold(module: Beit, dtype: torch.dtype) -> Beit:
+    """The fast form: q, k, v in one product, layer scale in the weights after which it comes, biases and positions made
+    once per input size, fused products, SDPA, batch norms folded; computed in float64, then cast."""
+    fast = FastBeit(module, dtype)
+    return fast.eval().requires_grad_(False)
+
+
+class FastBeit(Beit):
+    def __init__(self, plain: Beit, dtype: torch.dtype) -> None:
+        nn.Module.__init__(self)
+        self.settings = plain.settings
+        assert isinstance(plain.embed, Embed)
+        self.embed = FastEmbed(plain.embed, dtype)
+        self.blocks = nn.ModuleList(FastBlock(block, dtype) for block in plain.layers())
+        self.bias_cache = BiasCache(plain, dtype)
+        for name in ("norm", "encoder_norm", "pool_norm", "classifier", "lm_head"):
+            part = getattr(plain, name)
+            setattr(self, name, None if part is None else copy.deepcopy(part).to(dtype))
+        self.neck = None if plain.neck is None else fold_neck(plain.neck, dtype)
+        self.head = None if plain.head is None else fold_head(plain.head, dtype)
+
+    def biases(self, grid: tuple[int, int]) -> Callable[[int], Tensor | None]:
+        return self.bias_cache.of_grid(grid)
+
+
+class FastEmbed(nn.Module):
+    """Patches as one matrix product; the positions of the last grid that was seen are kept."""
+
+    def __init__(self, plain: Embed, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.plain, self.dtype, self.patch_size = [plain], dtype, plain.patch_size
+        self.patches = fused_linear(plain.patches.weight.flatten(1).to(dtype), _to(plain.patches.bias, dtype))
+        self.mask_token = _to(plain.mask_token, dtype)
+        self.kept: tuple[tuple[int, int], Tensor, Tensor | None] | None = None
+
+    def forward(self, x_BCHW: Tensor, mask_BN: Tensor | None) -> Tensor:
+        (ph, pw), x_BCHW = self.patch_size, x_BCHW.to(self.dtype)
+        (B, C), h, w = x_BCHW.shape[:2], x_BCHW.shape[2] // ph, x_BCHW.shape[3] // pw
+        x_BChpwp = x_BCHW[:, :, : h * ph, : w * pw].reshape(B, C, h, ph, w, pw)
+        x_BND = self.patches(x_BChpwp.permute(0, 2, 4, 1, 3, 5).reshape(B, h * w, C * ph * pw))
+        if mask_BN is not None:
+            x_BND = torch.where(mask_BN[..., None], _mask_token(self.mask_token), x_BND)
+        first_11D, positions_1ND = self.starts((h, w))
+        x_BND = x_BND if positions_1ND is None else x_BND + positions_1ND
+        return torch.cat([first_11D.expand(len(x_BND), -1, -1), x_BND], dim=1)
+
+    def starts(self, grid: tuple[int, int]) -> tuple[Tensor, Tensor | None]:
+        """The class token with its position, and the patches' positions."""
+        if self.kept is None or self.kept[0] != grid:
+            (plain,) = self.plain
+            resized = None if plain.positions is None else plain.positions_for(grid)
+            first = plain.cls_token if resized is None else plain.cls_token + resized[:, :1]
+            self.kept = grid, first.to(self.dtype), None if resized is None else resized[:, 1:].to(self.dtype)
+        return self.kept[1:]
+
+
+class FastBlock(nn.Module):
+    """A block whose four products each end in what follows them: bias, GELU, residual."""
+
+    def __init__(self, plain: Block, dtype: torch.dtype) -> None:
+        super().__init__()
+        attention, mlp, self.heads = plain.attention, plain.mlp, plain.attention.heads
+        self.norm1, self.norm2 = copy.deepcopy(plain.norm1).to(dtype), copy.deepcopy(plain.norm2).to(dtype)
+        q, k, v = attention.q, attention.k, attention.v
+        bias = torch.cat([q.bias, torch.zeros_like(q.bias), v.bias])
+        self.qkv = fused_linear(torch.cat([q.weight, k.weight, v.weight]).to(dtype), bias.to(dtype))
+        self.out = fused_linear(*_scaled(attention.out, plain.scale1, dtype))
+        self.up = fused_linear(mlp.up.weight.to(dtype), mlp.up.bias.to(dtype), mlp.activation_name)
+        self.down = fused_linear(*_scaled(mlp.down, plain.scale2, dtype))
+
+    def forward(self, x_BTD: Tensor, bias: Tensor | None, with_weights: bool) -> tuple[Tensor, Tensor | None]:
+        B, T, _ = x_BTD.shape
+        q, k, v = self.qkv(self.norm1(x_BTD)).view(B, T, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
+        weights = None
+        if with_weights:
+            y_BHTE, weights = attend(q, k, v, bias)
+        else:
+            y_BHTE = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+        x_BTD = self.out(y_BHTE.transpose(1, 2).flatten(2), residual=x_BTD)
+        return self.down(self.up(self.norm2(x_BTD)), residual=x_BTD), weights
+
+
+class BiasCache:
+    """The attention biases of the last grid that was seen: all layers' where they fit `BIAS_BYTES`, else the resized
+    tables, from which one layer's at a time is made."""
+
+    def __init__(self, plain: Beit, dtype: torch.dtype) -> None:
+        self.dtype, self.heads = dtype, plain.settings.num_attention_heads
+        shared = [] if plain.shared_bias is None else [plain.shared_bias]
+        own = [block.bias for block in plain.layers() if block.bias is not None]
+        self.tables = [[*shared, bias] for bias in own] or [shared]  # one entry for all layers where none has its own
+        self.kept: tuple[tuple[int, int], Callable[[int], Tensor]] | None = None
+
+    def of_grid(self, grid: tuple[int, int]) -> Callable[[int], Tensor | None]:
+        if not self.tables[0]:
+            return lambda k: None
+        if self.kept is None or self.kept[0] != grid:
+            self.kept = None  # before the next grid's are made
+            self.kept = grid, self._make(grid)
+        return self.kept[1]
+
+    def _make(self, grid: tuple[int, int]) -> Callable[[int], Tensor]:
+        tables_HR = [self._table(k, grid).T.to(self.dtype).contiguous() for k in range(len(self.tables))]
+        index_TT = distance_index(grid, tables_HR[0].device)
+        # rows start at multiples of 16 bytes, without which CUDA's kernels copy the bias in every call
+        T, padded_TT = len(index_TT), F.pad(index_TT, (0, -len(index_TT) % 8))
+        last = len(tables_HR) - 1
+
+        def bias(k: int) -> Tensor:
+            made_HT = tables_HR[min(k, last)].index_select(1, padded_TT.flatten())
+            return made_HT.view(1, self.heads, *padded_TT.shape)[..., :T]
+
+        if len(tables_HR) * self.heads * padded_TT.numel() * self.dtype.itemsize > BIAS_BYTES:
+            return bias
+        made = [bias(k) for k in range(len(tables_HR))]
+        return lambda k: made[min(k, last)]
+
+    def _table(self, k: int, grid: tuple[int, int]) -> Tensor:
+        """Shared and own summed, in float32, (R, H)."""
+        return torch.stack([part.resized(grid) for part in self.tables[k]]).sum(0)
+
+
+def _scaled(linear: nn.Linear, scale_D: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """A linear and the layer scale after it, as one."""
+    if scale_D is None:
+        return linear.weight.to(dtype), linear.bias.to(dtype)
+    scale = scale_D.double()
+    return (linear.weight.double() * scale[:, None]).to(dtype), (linear.bias.double() * scale).to(dtype)
+
+
+def _to(x: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    return None if x is None else x.detach().to(dtype)
