@@ -46,7 +46,7 @@ class PreprocessSettings:
     max_resized_pixels: int = 1 << 25
 
     @property
-    def size_HW(self) -> tuple[int, int]:
+    def size_HW(self) -> tuple[int, int]:  # noqa: N802 a shape suffix
         """Height and width of what reaches the model."""
         if self.crop_height is not None and self.crop_width is not None:
             return self.crop_height, self.crop_width
@@ -69,7 +69,7 @@ class Preprocessor:
 
     def __init__(self, settings: PreprocessSettings) -> None:
         self.settings = settings
-        self._resample = _torch_resample(settings) if settings.backend == "torch" else _pillow_resample(settings)
+        self._resize = _by_torch if settings.backend == "torch" else _by_pillow
 
     def __call__(self, pixels: Pixels, out: Uint8 | None = None) -> Uint8 | Bad:
         """The crop is written into `out` (H, W, 3) where that is given."""
@@ -79,8 +79,10 @@ class Preprocessor:
         held = max(size_HW[0] * size_HW[1], source_HW[0] * size_HW[1])
         if held > self.settings.max_resized_pixels:
             return _too_long(source_HW, size_HW, self.settings.max_resized_pixels)
-        resized_HWC = pixels.rgb_HWC if size_HW == source_HW else self._resample(pixels.rgb_HWC, size_HW)
-        return center_crop(resized_HWC, self.settings.size_HW, out)
+        image_HWC = pixels.rgb_HWC
+        if size_HW != source_HW:
+            image_HWC = self._resize(image_HWC, size_HW, self.settings.resample)
+        return center_crop(image_HWC, self.settings.size_HW, out)
 
 
 def resized_size(source_HW: tuple[int, int], settings: PreprocessSettings) -> tuple[int, int]:
@@ -115,36 +117,23 @@ def _too_long(source_HW: tuple[int, int], size_HW: tuple[int, int], limit: int) 
     return Bad("aspect_ratio", message)
 
 
-def _torch_resample(settings: PreprocessSettings) -> Any:
+def _by_torch(image_HWC: Uint8, size_HW: tuple[int, int], resample: Resample) -> Uint8:
     import torch
 
-    kernel = torch.ops.aten._upsample_bicubic2d_aa
-    if settings.resample == "bilinear":
-        kernel = torch.ops.aten._upsample_bilinear2d_aa
-
-    def resample(image_HWC: Uint8, size_HW: tuple[int, int]) -> Uint8:
-        # the channels-last view; a contiguous (C, H, W) copy costs several times more on large images
-        image_1CHW = torch.from_numpy(_usable(image_HWC)).permute(2, 0, 1)[None]
-        resized_1CHW = kernel(image_1CHW, list(size_HW), align_corners=False)
-        return cast(Uint8, resized_1CHW[0].permute(1, 2, 0).numpy())
-
-    return resample
+    kernels = {"bilinear": torch.ops.aten._upsample_bilinear2d_aa, "bicubic": torch.ops.aten._upsample_bicubic2d_aa}
+    # torch takes no negative strides and warns of read-only memory
+    usable_HWC = np.require(image_HWC, requirements=["C", "W"])
+    # the channels-last view: a contiguous (C, H, W) copy costs several times more on large images
+    image_1CHW = torch.from_numpy(usable_HWC).permute(2, 0, 1)[None]
+    resized_1CHW = kernels[resample](image_1CHW, list(size_HW), align_corners=False)
+    return cast(Uint8, resized_1CHW[0].permute(1, 2, 0).numpy())
 
 
-def _usable(image_HWC: Uint8) -> Uint8:
-    """torch takes no negative strides and warns of read-only memory."""
-    return np.require(image_HWC, requirements=["C", "W"])
-
-
-def _pillow_resample(settings: PreprocessSettings) -> Any:
+def _by_pillow(image_HWC: Uint8, size_HW: tuple[int, int], resample: Resample) -> Uint8:
     from PIL import Image
 
-    code = Image.Resampling[settings.resample.upper()]
-
-    def resample(image_HWC: Uint8, size_HW: tuple[int, int]) -> Uint8:
-        return np.asarray(Image.fromarray(image_HWC).resize(size_HW[::-1], code))
-
-    return resample
+    code = Image.Resampling[resample.upper()]
+    return np.asarray(Image.fromarray(image_HWC).resize(size_HW[::-1], code))
 
 
 def normalize_on_device(x_BHWC: Tensor, settings: PreprocessSettings, dtype: torch.dtype) -> Tensor:
