@@ -15,7 +15,7 @@ import hashlib
 import json
 import pickle
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -54,7 +54,8 @@ class FileWeights:
     files: tuple[Path, ...]
 
     def names(self, family: Family) -> frozenset[str]:
-        return frozenset(stripped(name, family.PREFIX) for path in self.files for name in _names_in(path))
+        on_disk = self._names_on_disk()
+        return frozenset(stripped(name, family.PREFIX, on_disk) for name in on_disk)
 
     def hash(self) -> str:
         """sha256 over each file's name, size and bytes."""
@@ -69,8 +70,10 @@ class FileWeights:
         wanted = expected(module)
         found: dict[str, tuple[str, Tensor]] = {}
         surplus: list[str] = []
+        on_disk = self._names_on_disk()
         for name, tensor in self._tensors():
-            ours = own_name(stripped(name, family.PREFIX), family.KEYS)
+            short = stripped(name, family.PREFIX, on_disk)
+            ours = own_name(short, family.KEYS)
             if ours in found:
                 raise CheckpointError(
                     f"{self.folder}: `{name}` and `{found[ours][0]}` are both `{ours}`",
@@ -78,10 +81,13 @@ class FileWeights:
                 )
             if ours in wanted:
                 found[ours] = (name, tensor)
-            elif not unused(stripped(name, family.PREFIX), family.UNUSED):
+            elif not unused(short, family.UNUSED):
                 surplus.append(f"{name} {tuple(tensor.shape)}")
         self._refuse_misfits(wanted, found, surplus, family)
         assign(module, {ours: self._float32(*pair) for ours, pair in found.items()})
+
+    def _names_on_disk(self) -> frozenset[str]:
+        return frozenset(name for path in self.files for name in _names_in(path))
 
     def _tensors(self) -> Iterator[tuple[str, Tensor]]:
         for path in self.files:
@@ -188,8 +194,11 @@ def label_names(config: Mapping[str, Any]) -> tuple[str, ...]:
     return tuple(by_id[index] for index in range(len(by_id)))
 
 
-def stripped(name: str, prefix: str) -> str:
-    return name.removeprefix(prefix)
+def stripped(name: str, prefix: str, on_disk: Set[str] = frozenset()) -> str:
+    """A name without the base prefix, unless the file has another tensor of that name: BEiT's masked image modelling
+    has its own `layernorm` beside the encoder's `beit.layernorm`."""
+    short = name.removeprefix(prefix)
+    return name if short in on_disk else short
 
 
 def own_name(name: str, keys: Mapping[str, str]) -> str:
