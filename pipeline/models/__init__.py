@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 FAMILIES = {
     "beit": "pipeline.models.beit",
+    "bit": "pipeline.models.bit",
     "levit": "pipeline.models.levit",
     "vit_msn": "pipeline.models.vit_msn",
 }

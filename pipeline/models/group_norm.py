@@ -1,0 +1,314 @@
+"""A map, channels last -> its group norm, plus a residual, through ReLU, in one call; compiled where it can be.
+
+torch's own kernel is slow on channels-last maps (bf16: up to 27 times slower than this) and its variance there is less
+accurate. So:
+* `CPP` is compiled with the machine's C++ compiler (a second or two) when the first model is folded, never on import,
+  into the user's cache folder. It is named by source, flags and CPU, written under a temporary name and moved into
+  place, so any number of processes may do it at once.
+* It runs on torch's own OpenMP threads: the library leaves `GOMP_parallel` to be found in the process.
+* A channel is summed in the same order whatever the number of threads, so results do not depend on it.
+* Without a compiler, with IMG2PARQUET_NATIVE=0, or where a self-test disagrees with torch, plain torch does the same.
+
+Shapes: B batch, C channels, H W height and width.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import logging
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from pipeline.models.layers import ACTIVATIONS
+
+EPS = 1e-5  # the only one that BiT has
+COMPILERS = ("c++", "g++", "clang++")
+FLAGS = ("-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-fPIC", "-fopenmp")
+COMPILE_LIMIT_S = 120
+NATIVE_DTYPES = (torch.float32, torch.bfloat16)
+
+log = logging.getLogger(__name__)
+
+
+def fused_group_norm(weight_C: Tensor, bias_C: Tensor, groups: int, activation: str) -> FusedGroupNorm:
+    """y = activation(group_norm(x) [+ residual]), compiled where it can be, for the device that the weight is on."""
+    native = native_library() if weight_C.device.type == "cpu" else None
+    return FusedGroupNorm(weight_C, bias_C, groups, activation, native)
+
+
+class FusedGroupNorm:
+    """Made by `fused_group_norm`. Statistics and affine are float32 whatever the map's dtype."""
+
+    def __init__(
+        self, weight_C: Tensor, bias_C: Tensor, groups: int, activation: str, native: ctypes.CDLL | None
+    ) -> None:
+        self.weight_C = weight_C.detach().float().contiguous()
+        self.bias_C = bias_C.detach().float().contiguous()
+        self.groups, self.activation, self.native = groups, activation, native
+
+    def __call__(self, x_BCHW: Tensor, residual_BCHW: Tensor | None = None, *, in_place: bool = False) -> Tensor:
+        """x_BCHW [+ residual of the same shape] -> the same shape, channels last; `in_place` may write over x."""
+        if self.native is None or x_BCHW.dtype not in NATIVE_DTYPES:
+            return self._plain(x_BCHW, residual_BCHW)
+        x_BCHW = x_BCHW.contiguous(memory_format=torch.channels_last)
+        if residual_BCHW is not None:
+            residual_BCHW = residual_BCHW.contiguous(memory_format=torch.channels_last)
+        y_BCHW = x_BCHW if in_place else torch.empty_like(x_BCHW)
+        self._run(self.native, x_BCHW, residual_BCHW, y_BCHW)
+        return y_BCHW if self.activation in ("relu", "linear") else ACTIVATIONS[self.activation](y_BCHW)
+
+    def _plain(self, x_BCHW: Tensor, residual_BCHW: Tensor | None) -> Tensor:
+        """On a CPU by way of channels first, where torch's statistics are accurate."""
+        on_cpu, weight_C, bias_C = x_BCHW.device.type == "cpu", self.weight_C, self.bias_C
+        if not on_cpu:
+            weight_C, bias_C = weight_C.to(x_BCHW.dtype), bias_C.to(x_BCHW.dtype)
+        y_BCHW = torch.group_norm(x_BCHW.contiguous() if on_cpu else x_BCHW, self.groups, weight_C, bias_C, EPS)
+        y_BCHW = y_BCHW.contiguous(memory_format=torch.channels_last)
+        return ACTIVATIONS[self.activation](y_BCHW if residual_BCHW is None else y_BCHW.add_(residual_BCHW))
+
+    def _run(self, library: ctypes.CDLL, x_BCHW: Tensor, residual_BCHW: Tensor | None, y_BCHW: Tensor) -> None:
+        images, channels, height, width = x_BCHW.shape
+        threads = torch.get_num_threads()
+        parts = -(-threads // images) if 0 < images < threads else 1
+        function = library.group_norm_f32 if x_BCHW.dtype == torch.float32 else library.group_norm_bf16
+        maps = (x_BCHW, residual_BCHW, self.weight_C, self.bias_C, y_BCHW)
+        function(
+            *(None if tensor is None else tensor.data_ptr() for tensor in maps),
+            *(images, height * width, channels, self.groups, -(-self.groups // parts)),
+            *(EPS, self.activation == "relu", threads),
+        )
+
+
+@functools.cache
+def native_library() -> ctypes.CDLL | None:
+    """The compiled kernel, made at the first call of a process; None where it cannot be had."""
+    if os.environ.get("IMG2PARQUET_NATIVE") == "0":
+        return None
+    try:
+        library = _load(_cache_folder())
+        if _agrees(library):
+            return library
+        reason = "its self-test disagrees with torch"
+    except subprocess.CalledProcessError as error:
+        reason = f"the compiler failed: {error.stderr.strip()[-500:]}"
+    except (OSError, subprocess.SubprocessError) as error:
+        reason = str(error)
+    log.warning("BiT runs several times slower: no compiled group norm (%s); install g++ to have it", reason)
+    return None
+
+
+def _load(folder: Path | None) -> ctypes.CDLL:
+    if folder is None:
+        with tempfile.TemporaryDirectory(prefix="img2parquet-") as private:
+            return _declared(_compile(Path(private) / "group_norm.so"))
+    path = folder / f"group_norm-{_key()}.so"
+    if path.exists():
+        try:
+            return _declared(path)
+        except (OSError, AttributeError):  # damaged on disk: made again
+            log.info("%s cannot be loaded; compiling it again", path)
+    return _declared(_compile(path))
+
+
+def _compile(path: Path) -> Path:
+    """Compile and link beside `path`, then move into place. Linked without -fopenmp: that could bring a second OpenMP,
+    with a second pool of threads, into a process where torch's is already."""
+    names = (os.environ.get("CXX", ""), *COMPILERS)
+    compiler = next((found for name in names if name and (found := shutil.which(name))), None)
+    if compiler is None:
+        raise FileNotFoundError(f"none of {', '.join(COMPILERS)} is installed")
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".compiling-") as scratch:
+        source, compiled, linked = (str(Path(scratch) / f"group_norm.{end}") for end in ("cpp", "o", "so"))
+        Path(source).write_text(CPP)
+        for command in ((*FLAGS, "-c", source, "-o", compiled), ("-shared", compiled, "-o", linked)):
+            run = functools.partial(subprocess.run, check=True, capture_output=True, text=True)
+            run([compiler, *command], timeout=COMPILE_LIMIT_S)
+        return Path(linked).replace(path)
+
+
+def _declared(path: Path) -> ctypes.CDLL:
+    library = ctypes.CDLL(str(path))
+    for function in (library.group_norm_f32, library.group_norm_bf16):
+        function.restype = None
+        function.argtypes = [ctypes.c_void_p] * 5 + [ctypes.c_int64] * 5 + [ctypes.c_double] + [ctypes.c_int] * 2
+    return library
+
+
+def _key() -> str:
+    """What a compiled file may not be shared across: source, flags, and the CPU that -march=native looked at."""
+    return hashlib.sha256("\0".join((CPP, *FLAGS, platform.machine(), _cpu())).encode()).hexdigest()[:16]
+
+
+def _cpu() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return "\n".join(sorted({line for line in lines if line.startswith(("flags", "Features", "model name"))}))
+
+
+def _cache_folder() -> Path | None:
+    """A folder that only this user can write to, since code is loaded from it; None where there is none."""
+    try:
+        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "img2parquet"
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        status = folder.stat()
+    except (OSError, RuntimeError):
+        return None
+    ours = status.st_uid == os.getuid() and not status.st_mode & 0o022
+    return folder if ours and os.access(folder, os.W_OK) else None
+
+
+def _agrees(library: ctypes.CDLL) -> bool:
+    random = torch.Generator().manual_seed(0)
+    x, residual = (torch.randn((2, 40, 9, 8), generator=random) + 3 for _ in range(2))
+    weight, bias = torch.randn((2, 40), generator=random)
+    want = F.relu(F.group_norm(x, 4, weight, bias, EPS) + residual)
+    norm = FusedGroupNorm(weight, bias, 4, "relu", library)
+    exact = torch.allclose(norm(x, residual), want, rtol=1e-5, atol=1e-5)
+    return exact and torch.allclose(norm(x.bfloat16(), residual.bfloat16()).float(), want, rtol=3e-2, atol=6e-2)
+
+
+CPP = r"""
+// centred sums for each channel, in float over BLOCK pixels at a time and in double over the blocks; the centre follows
+// the mean, so nothing cancels where a mean is large
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <vector>
+
+namespace {
+constexpr int LANES = 16;
+constexpr int64_t BLOCK = 64;
+typedef float F __attribute__((vector_size(LANES * 4)));
+typedef uint32_t U __attribute__((vector_size(LANES * 4)));
+typedef uint16_t H __attribute__((vector_size(LANES * 2)));
+
+inline F load(const float* p) { F v; std::memcpy(&v, p, sizeof v); return v; }
+inline F load(const uint16_t* p) {
+  H h; std::memcpy(&h, p, sizeof h);
+  U u = __builtin_convertvector(h, U) << 16;
+  F v; std::memcpy(&v, &u, sizeof v); return v;
+}
+inline void store(float* p, F v) { std::memcpy(p, &v, sizeof v); }
+inline void store(uint16_t* p, F v) {
+  U u; std::memcpy(&u, &v, sizeof u);
+  u = (u + 0x7fff + ((u >> 16) & 1)) >> 16;
+  H h = __builtin_convertvector(u, H);
+  std::memcpy(p, &h, sizeof h);
+}
+template <class T> inline F load_part(const T* p, int n) {
+  T t[LANES] = {}; std::memcpy(t, p, n * sizeof *p); return load(t);
+}
+template <class T> inline void store_part(T* p, F v, int n) {
+  T t[LANES]; store(t, v); std::memcpy(p, t, n * sizeof *p);
+}
+
+template <class T, int V>
+inline void moments(const T* x, int64_t pixels, int64_t stride, const float* centre, float* sum, float* square) {
+  F c[V], s[V], q[V];
+  for (int v = 0; v < V; v++) c[v] = load(centre + v * LANES), s[v] = F{}, q[v] = F{};
+  for (int64_t p = 0; p < pixels; p++, x += stride)
+    for (int v = 0; v < V; v++) { F d = load(x + v * LANES) - c[v]; s[v] += d; q[v] += d * d; }
+  for (int v = 0; v < V; v++) store(sum + v * LANES, s[v]), store(square + v * LANES, q[v]);
+}
+template <class T>
+inline void moments_part(const T* x, int64_t pixels, int64_t stride, int n, const float* centre, float* sum,
+                         float* square) {
+  F c = load(centre), s{}, q{};
+  for (int64_t p = 0; p < pixels; p++, x += stride) { F d = load_part(x, n) - c; s += d; q += d * d; }
+  store(sum, s), store(square, q);
+}
+inline float as_float(float v) { return v; }
+inline float as_float(uint16_t v) { uint32_t u = uint32_t(v) << 16; float f; std::memcpy(&f, &u, 4); return f; }
+
+template <class T>
+void item(const T* x, const T* residual, const float* gamma, const float* beta, T* y, int64_t pixels, int64_t stride,
+          int64_t channels, int64_t width, double eps, bool relu) {
+  int64_t padded = (channels + LANES - 1) / LANES * LANES;
+  std::vector<float> f(5 * padded);
+  std::vector<double> g(2 * padded);
+  float *centre = f.data(), *s = centre + padded, *q = s + padded, *a = q + padded, *b = a + padded;
+  double *s1 = g.data(), *s2 = s1 + padded;
+  for (int64_t c = 0; c < channels; c++) {
+    int64_t n = pixels < BLOCK ? pixels : BLOCK;
+    for (int64_t k = 0; k < 4; k++) centre[c] += as_float(x[(k * n / 4) * stride + c]) / 4;
+  }
+  for (int64_t p = 0; p < pixels; p += BLOCK) {
+    int64_t n = pixels - p < BLOCK ? pixels - p : BLOCK, c = 0;
+    const T* at = x + p * stride;
+    for (; c + 4 * LANES <= channels; c += 4 * LANES) moments<T, 4>(at + c, n, stride, centre + c, s + c, q + c);
+    for (; c + LANES <= channels; c += LANES) moments<T, 1>(at + c, n, stride, centre + c, s + c, q + c);
+    if (c < channels) moments_part(at + c, n, stride, int(channels - c), centre + c, s + c, q + c);
+    for (c = 0; c < channels; c++) {
+      double m = centre[c], d = s[c];
+      s1[c] += n * m + d;
+      s2[c] += q[c] + 2 * m * d + n * m * m;
+      centre[c] = float(m + d / n);
+    }
+  }
+  for (int64_t c = 0; c < channels; c += width) {
+    double sum = 0, square = 0, count = double(pixels) * width;
+    for (int64_t k = c; k < c + width; k++) sum += s1[k], square += s2[k];
+    double mean = sum / count, var = square / count - mean * mean;
+    double rstd = 1 / std::sqrt((var < 0 ? 0 : var) + eps);
+    for (int64_t k = c; k < c + width; k++) {
+      a[k] = float(gamma[k] * rstd);
+      b[k] = float(beta[k] - mean * gamma[k] * rstd);
+    }
+  }
+  const F zero{};
+  for (int64_t p = 0; p < pixels; p++) {
+    const T *in = x + p * stride, *add = residual ? residual + p * stride : nullptr;
+    T* out = y + p * stride;
+    int64_t c = 0;
+    for (; c + LANES <= channels; c += LANES) {
+      F v = load(in + c) * load(a + c) + load(b + c);
+      if (add) v += load(add + c);
+      if (relu) v = v < zero ? zero : v;
+      store(out + c, v);
+    }
+    if (c < channels) {
+      int n = int(channels - c);
+      F v = load_part(in + c, n) * load(a + c) + load(b + c);
+      if (add) v += load_part(add + c, n);
+      if (relu) v = v < zero ? zero : v;
+      store_part(out + c, v, n);
+    }
+  }
+}
+
+template <class T>
+void run(const T* x, const T* residual, const float* gamma, const float* beta, T* y, int64_t images, int64_t pixels,
+         int64_t channels, int64_t groups, int64_t groups_per_item, double eps, bool relu, int threads) {
+  int64_t width = channels / groups, parts = (groups + groups_per_item - 1) / groups_per_item;
+#pragma omp parallel for num_threads(threads) schedule(static)
+  for (int64_t i = 0; i < images * parts; i++) {
+    int64_t first = i % parts * groups_per_item;
+    int64_t count = groups - first < groups_per_item ? groups - first : groups_per_item;
+    int64_t at = i / parts * pixels * channels + first * width;
+    item(x + at, residual ? residual + at : nullptr, gamma + first * width, beta + first * width, y + at, pixels,
+         channels, count * width, width, eps, relu);
+  }
+}
+}  // namespace
+
+#define EXPORT(NAME, T)                                                                                       \
+  extern "C" void NAME(const T* x, const T* residual, const float* gamma, const float* beta, T* y, int64_t images, \
+                       int64_t pixels, int64_t channels, int64_t groups, int64_t groups_per_item, double eps,  \
+                       int relu, int threads) {                                                                \
+    run(x, residual, gamma, beta, y, images, pixels, channels, groups, groups_per_item, eps, relu, threads);   \
+  }
+EXPORT(group_norm_f32, float)
+EXPORT(group_norm_bf16, uint16_t)
+"""
