@@ -1,0 +1,254 @@
+"""URIs in, bytes out: list, read, create once, delete, on anything that fsspec knows.
+
+| file | URIs |
+|---|---|
+| `disk.py` | paths and `file://` |
+| `s3.py` | `s3://`, through s3fs |
+| `remote.py` | every other scheme with an fsspec driver |
+| `arrow.py` | a listing as a pyarrow filesystem |
+
+* A plain path and `file://` are the same store. Every Entry carries a full URI for remote stores and an absolute path
+  for local files, so that a part's id does not depend on the folder a command was started in.
+* `etag` is the store's ETag without quotes, or `mtime_ns-size` on a disk.
+* Nothing is ever overwritten: `create` is the only way to write.
+"""
+
+from __future__ import annotations
+
+import os
+import uuid
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass, field, fields
+from itertools import groupby, islice
+from typing import Any, BinaryIO
+
+from pipeline.errors import AccessDenied, AlreadyExists, InputError, NotFound, OutcomeUnknown, nearest
+from pipeline.storage.disk import Disk
+from pipeline.storage.entry import Backend, Entry, join, redact, scheme_of
+from pipeline.storage.patterns import count_limit, expand_braces, fixed_prefix, glob_regex, has_magic
+from pipeline.storage.remote import Remote, is_web
+from pipeline.storage.s3 import S3
+from pipeline.storage.s3_client import S3Options
+
+__all__ = ["Entry", "Store", "join", "redact", "resolve"]
+
+S3_OPTIONS = {option.name: option.type for option in fields(S3Options)}
+CREDENTIALS = {"key", "secret", "token", "password", "username", "access_key", "secret_key", "aws_access_key_id"}
+FEW_NAMES = 8  # up to so many names of one folder are looked up one by one
+LOOKUPS = 16  # at the same time
+
+
+@dataclass(frozen=True)
+class Store:
+    """Access to every URI scheme. Options of S3 are `endpoint_url`, `profile`, `region`, `anon`, `requester_pays` and
+    the other fields of S3Options; those of another driver are a mapping under its scheme: `{"gs": {"project": "x"}}`.
+    Never credentials: those come from the environment's provider chain on each worker."""
+
+    options: Mapping[str, object] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name, value in self.options.items():
+            if name not in S3_OPTIONS and not isinstance(value, Mapping):
+                raise _unknown_option(name)
+
+    def expand(self, uris: Sequence[str]) -> list[Entry]:
+        """Braces (`{000..127}`, `{a,b}`) and globs to the files they name, sorted by URI, each once.
+        Raises InputError for a pattern or name that matches nothing; AccessDenied, StorageError."""
+        found: dict[str, Entry] = {}
+        for uri in uris:
+            names = [resolve(name) for name in count_limit(uri, expand_braces(uri))]
+            plain = [name for name in names if is_web(name) or not has_magic(name)]
+            found.update({entry.uri: entry for entry in self._named(plain)})
+            for pattern in sorted(set(names) - set(plain)):
+                found.update({entry.uri: entry for entry in self._matching(pattern)})
+        return [found[uri] for uri in sorted(found)]
+
+    def stat(self, uri: str) -> Entry:
+        """Raises NotFound, AccessDenied, StorageError."""
+        uri = resolve(uri)
+        return self._backend(uri).stat(uri)
+
+    def exists(self, uri: str) -> bool:
+        """One look at one file; a folder is none. Raises AccessDenied, StorageError."""
+        uri = resolve(uri)
+        return self._backend(uri).exists(uri)
+
+    def list_files(self, uri: str) -> list[Entry]:
+        """Every file below a folder, sorted by URI; [] where there is no such folder, NotFound where there is no such
+        bucket. One listing, no HEADs."""
+        folder = resolve(uri).rstrip("/") + "/"
+        return sorted(self._backend(folder).scan(folder, deep=True), key=lambda entry: entry.uri)
+
+    def read(self, uri: str, start: int = 0, stop: int | None = None, *, expect: Entry | None = None) -> bytes:
+        """Bytes [start, stop), cut at the file's end as a slice is. With `expect`, an object whose size or etag differs
+        raises StorageError; a body shorter than the store's or the plan's size is never returned as whole."""
+        assert start >= 0 and (stop is None or stop >= 0), "ranges count from the start"
+        uri = resolve(uri)
+        return self._backend(uri).read(uri, start, stop, expect)
+
+    def stream(
+        self,
+        uri: str,
+        start: int = 0,
+        stop: int | None = None,
+        *,
+        expect: Entry | None = None,
+        chunk_bytes: int = 8 << 20,
+    ) -> Iterator[bytes]:
+        """`read` in chunks, each checked against the same version of the object; memory is bounded by `chunk_bytes`."""
+        entry = expect or self.stat(uri)
+        end = entry.size_bytes if stop is None else min(stop, entry.size_bytes)
+        for at in range(start, end, chunk_bytes):
+            yield self.read(entry.uri, at, min(at + chunk_bytes, end), expect=entry)
+
+    def open(self, uri: str, *, expect: Entry | None = None) -> BinaryIO:
+        """A seekable file for pyarrow.parquet, pinned to one version. Raises NotFound, AccessDenied, StorageError."""
+        uri = resolve(uri)
+        return self._backend(uri).open(uri, expect)
+
+    def arrow_filesystem(self, uri: str) -> tuple[Any, str]:
+        """A pyarrow filesystem that reads what a folder holds now, and the folder's path on it. One listing."""
+        from pipeline.storage.arrow import local_filesystem, snapshot
+
+        folder = resolve(uri).rstrip("/")
+        if not scheme_of(folder):
+            return local_filesystem(), folder
+        return snapshot(self.list_files(folder), self.open), folder.partition("://")[2]
+
+    def create(self, uri: str, data: bytes) -> None:
+        """Create an object that is not there yet, in one atomic step, durable when this returns.
+        Raises AlreadyExists (412), AccessDenied, StorageError (definitely not created), OutcomeUnknown."""
+        uri = resolve(uri)
+        self._backend(uri).create(uri, data)
+
+    def delete(self, uri: str) -> None:
+        """Quiet where there is nothing."""
+        uri = resolve(uri)
+        self._backend(uri).delete(uri)
+
+    def creates_exclusively(self, folder_uri: str) -> bool:
+        """Whether this store honours If-None-Match: creates a probe object twice and looks at the second answer."""
+        probe = join(resolve(folder_uri), f"_probe-{uuid.uuid4().hex}")
+        try:
+            return [self._creates(probe), self._creates(probe)][1] == "exists"
+        finally:
+            with suppress(AccessDenied):  # a probe that may not be deleted is better than no job
+                self.delete(probe)
+
+    def sweep(self, folder_uri: str, older_than_s: float = 24 * 3600) -> int:
+        """Remove what killed creates left on a disk; how many files. Nothing to do on an object store."""
+        folder = resolve(folder_uri)
+        return self._backend(folder).sweep(folder, older_than_s)
+
+    def _creates(self, uri: str, attempts: int = 4) -> str:
+        try:
+            self.create(uri, b"img2parquet asks whether this store creates an object only once")
+        except AlreadyExists:
+            return "exists"
+        except OutcomeUnknown:
+            if attempts == 1:
+                raise
+            return self._creates(uri, attempts - 1)
+        return "created"
+
+    def _backend(self, uri: str) -> Backend:
+        scheme = scheme_of(uri)
+        if not scheme:
+            return Disk()
+        if scheme == "s3":
+            return S3(S3Options(**{name: value for name, value in self.options.items() if name in S3_OPTIONS}))  # type: ignore[arg-type]
+        options: Any = self.options.get(scheme, {})
+        return Remote(scheme, options)
+
+    def _named(self, names: Sequence[str]) -> Iterator[Entry]:
+        """The entries of plain names: one listing for many names of a folder, a look at each for a few."""
+        for folder, group in groupby(sorted(set(names)), key=lambda name: name.rpartition("/")[0]):
+            wanted = list(group)
+            listed = (
+                self._listed(wanted) if len(wanted) > FEW_NAMES and scheme_of(folder) and not is_web(folder) else {}
+            )
+            yield from listed.values()
+            with ThreadPoolExecutor(LOOKUPS) as pool:
+                yield from pool.map(self._one, [name for name in wanted if name not in listed])
+
+    def _listed(self, wanted: Sequence[str]) -> dict[str, Entry]:
+        """Those of `wanted` that one listing shows, without reading on through a folder of a million others."""
+        names = set(wanted)
+        entries = self._backend(wanted[0]).scan(_common_start(wanted), deep=False)
+        return {entry.uri: entry for entry in islice(entries, 10_000 + 10 * len(names)) if entry.uri in names}
+
+    def _one(self, name: str) -> Entry:
+        try:
+            return self._backend(name).stat(name)
+        except NotFound as error:
+            raise self._missing(name, error.message) from None
+
+    def _matching(self, pattern: str) -> list[Entry]:
+        prefix = fixed_prefix(pattern)
+        deep, regex = "/" in pattern[len(prefix) :], glob_regex(pattern)
+        found = [entry for entry in self._backend(pattern).scan(prefix, deep=deep) if regex.fullmatch(entry.uri)]
+        if found:
+            return found
+        with suppress(NotFound, InputError):
+            return [self._backend(pattern).stat(pattern)]  # a name that holds `[` or `?` itself
+        raise self._missing(pattern, f"{redact(pattern)}: matches no file")
+
+    def _missing(self, name: str, message: str) -> InputError:
+        """With the nearest of the names that do exist in the folder."""
+        if is_web(name):
+            return InputError(message)
+        folder = fixed_prefix(name).rpartition("/")[0] + "/"
+        with suppress(Exception):
+            siblings = [entry.uri for entry in islice(self._backend(name).scan(folder, deep=False), 1000)]
+            inside = next(self._backend(name).scan(name.rstrip("/") + "/", deep=True), None)
+            hint = (
+                f"it is a folder: name its files, as `{redact(join(name, '*'))}`" if inside else nearest(name, siblings)
+            )
+            return InputError(message, hint=hint or _files_there(folder, siblings))
+        return InputError(message)
+
+
+def resolve(uri: str) -> str:
+    """The one spelling of a URI: an absolute path for a local file, `s3://` for its aliases."""
+    scheme = scheme_of(uri)
+    if "::" in scheme or "::" in uri.partition("://")[0]:
+        raise InputError(f"{redact(uri)}: chained URLs are not read", hint="unpack the archive first")
+    if scheme in ("", "file", "local"):
+        return _absolute(uri.partition("://")[2] if scheme else uri)
+    rest = uri.partition("://")[2]
+    if scheme in ("s3", "s3a", "s3n"):
+        if "@" in rest.partition("/")[0]:
+            raise InputError(
+                f"{redact(uri)}: a URI must not carry credentials", hint="set AWS_PROFILE or the AWS_* keys"
+            )
+        return f"s3://{rest}"
+    return f"{scheme}://{rest}"
+
+
+def _absolute(path: str) -> str:
+    if not path:
+        raise InputError("an empty path names nothing")
+    slash = "/" if path.endswith("/") else ""
+    # not Path.resolve, which would follow links and so change with the machine
+    return os.path.abspath(path).rstrip("/") + slash or "/"  # noqa: PTH100
+
+
+def _common_start(names: Sequence[str]) -> str:
+    """`a/x01`, `a/x02` -> `a/x0`; within the folder that they share."""
+    return os.path.commonprefix(names)  # noqa: RUF071 - letters, not folders, are what a listing begins with
+
+
+def _files_there(folder: str, siblings: Sequence[str]) -> str:
+    if not siblings:
+        return f"there are no files in {redact(folder)}"
+    return f"{redact(folder)} holds {', '.join(redact(uri[len(folder) :]) for uri in siblings[:3])} ..."
+
+
+def _unknown_option(name: str) -> InputError:
+    if name in CREDENTIALS:
+        return InputError(
+            f"storage option `{name}`: credentials are not options", hint="set AWS_PROFILE or the AWS_* keys"
+        )
+    return InputError(f"unknown storage option `{name}`", known=sorted(S3_OPTIONS), hint=nearest(name, S3_OPTIONS))

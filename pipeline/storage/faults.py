@@ -1,0 +1,208 @@
+"""Whatever a driver raises -> a Fault; which faults deserve another try; a Fault -> our error.
+
+The only layer of retries: botocore's and s3fs's own are switched off, since 5 x 5 attempts of two layers took 40 s and
+neither covers a body that breaks off. Our errors are raised outside the driver's `except`, so that no exception
+with a signed URL in it hangs on them as their context.
+"""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import TypeVar
+
+from pipeline.errors import AccessDenied, Img2ParquetError, InputError, NotFound, StorageError
+from pipeline.storage.entry import redact, redact_text
+
+T = TypeVar("T")
+
+BUSY_STATUS = {408, 429, 500, 502, 503, 504}
+REFUSED_UNDONE = {409, 429, 503}  # the store says that it did not do it; 500 and 504 leave that open
+EXPIRED = {"ExpiredToken", "ExpiredTokenException", "InvalidToken", "TokenRefreshRequired", "RequestExpired"}
+UNREACHABLE = {"EndpointConnectionError", "ConnectTimeoutError", "ClientConnectorError", "ClientConnectorDNSError"}
+# these leave no doubt that nothing was sent, and no reason to try again
+NO_CREDENTIALS = {
+    "NoCredentialsError": "set AWS_PROFILE, or AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY; `anon: true` if public",
+    "PartialCredentialsError": "a key without its secret, or the reverse: look at the AWS_* variables",
+    "ProfileNotFound": "no such profile in ~/.aws/config: look at AWS_PROFILE",
+    "CredentialRetrievalError": "the credential provider failed: log in again",
+    "UnauthorizedSSOTokenError": "run `aws sso login`",
+    "SSOTokenLoadError": "run `aws sso login`",
+    "TokenRetrievalError": "run `aws sso login`",
+    "DefaultCredentialsError": "log in: `gcloud auth application-default login`",
+    "ClientAuthenticationError": "log in: `az login`",
+}
+DENIED = {
+    "InvalidAccessKeyId": "this store does not know the access key: is AWS_ENDPOINT_URL the right one?",
+    "SignatureDoesNotMatch": "the secret does not belong to the access key: look at AWS_SECRET_ACCESS_KEY",
+    "RequestTimeTooSkewed": "this machine's clock is wrong",
+    "AuthorizationHeaderMalformed": "the bucket is in another region: set AWS_REGION or `region`",
+    "AccessDenied": "the credentials are good, but may not do this: look at the bucket's policy",
+    **dict.fromkeys(EXPIRED, "the credentials have expired: get new ones, then run the same command again"),
+}
+NO_SENSE = {"InvalidBucketName", "ParamValidationError", "InvalidURL", "InvalidEndpointURL"}
+DRIVERS = (
+    "aiobotocore", "aiohttp", "adlfs", "azure", "boto", "botocore", "fsspec", "gcsfs", "google", "http", "requests",
+    "s3fs", "ssl", "urllib3",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Fault:
+    """`status` is the HTTP status or the nearest to it, 0 where the store gave none; `code` is the store's own word, or
+    the exception's name."""
+
+    status: int
+    code: str
+    message: str
+
+    @property
+    def is_expired(self) -> bool:
+        return self.code in EXPIRED
+
+    @property
+    def is_denied(self) -> bool:
+        return self.status in (401, 403) or self.code in DENIED or self.code in NO_CREDENTIALS
+
+    @property
+    def is_final(self) -> bool:
+        """Nothing was done, and the same request would be refused again."""
+        return self.is_denied or self.code in NO_SENSE or (400 <= self.status < 500 and self.status not in BUSY_STATUS)
+
+    @property
+    def is_undone(self) -> bool:
+        """The store certainly did not do it, but may do it when asked again."""
+        return self.status in REFUSED_UNDONE or self.code in UNREACHABLE
+
+
+@dataclass(frozen=True)
+class Patience:
+    """8 attempts wait about 15 s in all, enough for a store's restart or a burst of 503; a store that does not listen
+    at all is given up after `attempts_unreachable`, so that a wrong endpoint is told soon."""
+
+    attempts: int = 8
+    attempts_unreachable: int = 4
+    backoff_s: float = 0.2
+
+    def after(self, attempt: int, fault: Fault) -> float | None:
+        """Seconds to wait after the attempt (from 1) that failed so; None to give up."""
+        allowed = min(self.attempts, self.attempts_unreachable) if fault.code in UNREACHABLE else self.attempts
+        if attempt >= allowed:
+            return None
+        return float(min(8.0, self.backoff_s * 2 ** (attempt - 1)) * random.uniform(0.5, 1.0))
+
+
+class ShortBody(OSError):
+    """The store sent less, or other, than it announced."""
+
+
+def persist(
+    action: Callable[[], T],
+    otherwise: Callable[[Fault], T],
+    patience: Patience,
+    *,
+    again: Callable[[Fault], bool] = lambda fault: not fault.is_final,
+    renew: Callable[[], None] | None = None,
+) -> T:
+    """What `action` returns, in as many attempts as patience allows; else what `otherwise` makes of the last fault.
+    `renew` is called once when credentials have expired."""
+    attempt = 0
+    while True:
+        attempt += 1
+        fault = _try(action)
+        if not isinstance(fault, _Refused):
+            return fault
+        if fault.fault.is_expired and renew:
+            renew, attempt = renew(), 0
+            continue
+        wait_s = patience.after(attempt, fault.fault) if again(fault.fault) else None
+        if wait_s is None:
+            return otherwise(fault.fault)
+        time.sleep(wait_s)
+
+
+@dataclass(frozen=True)
+class _Refused:
+    fault: Fault
+
+
+def _try(action: Callable[[], T]) -> T | _Refused:
+    try:
+        return action()
+    except Img2ParquetError:
+        raise
+    except Exception as error:
+        if not _is_drivers(error):
+            raise
+        return _Refused(fault_of(error))
+
+
+def _is_drivers(error: Exception) -> bool:
+    return isinstance(error, (OSError, TimeoutError, EOFError)) or type(error).__module__.startswith(DRIVERS)
+
+
+def fault_of(error: BaseException) -> Fault:
+    """The HTTP answer behind an exception, however its driver wrapped it. Classes alone mislead: s3fs makes another
+    one of Ceph's 412 than of AWS's, and fsspec's http makes FileNotFoundError of everything."""
+    chain = list(_chain(error))
+    for link in chain:
+        response = getattr(link, "response", None)
+        if isinstance(response, dict):
+            said = response.get("Error", {})
+            status = int(response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
+            return Fault(status, str(said.get("Code", status)), str(said.get("Message", "")))
+    for link in chain:
+        for name in ("status", "code", "status_code"):
+            told = getattr(link, name, None)
+            if isinstance(told, int) and told >= 400:
+                return Fault(told, type(link).__name__, str(getattr(link, "message", "")))
+    root = chain[-1] if type(chain[-1]).__module__.startswith(DRIVERS) else error
+    return Fault(_builtin_status(root), type(root).__name__, str(root))
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    for _ in range(8):
+        if error is None:
+            return
+        yield error
+        error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
+
+
+def _builtin_status(error: BaseException) -> int:
+    kinds = {
+        FileNotFoundError: 404,
+        NotADirectoryError: 404,
+        IsADirectoryError: 404,
+        PermissionError: 403,
+        FileExistsError: 412,
+    }
+    return next((status for kind, status in kinds.items() if isinstance(error, kind)), 0)
+
+
+def error_of(fault: Fault, uri: str, endpoint: str = "") -> Img2ParquetError:
+    """Our error for a request about `uri` that failed for good."""
+    what, said = redact(uri), _said(fault)
+    if fault.code in NO_SENSE:
+        return InputError(f"{what}: not a usable URI{said}")
+    if fault.is_denied:
+        hint = DENIED.get(fault.code) or NO_CREDENTIALS.get(fault.code) or DENIED["AccessDenied"]
+        return AccessDenied(f"{what}: access denied{said}", hint=hint)
+    if fault.code == "NoSuchBucket":
+        return NotFound(f"{what}: there is no such bucket", hint="create it first, or look at AWS_ENDPOINT_URL")
+    if fault.status == 404:
+        return NotFound(f"{what}: not found")
+    if fault.code in UNREACHABLE:
+        return StorageError(
+            f"{what}: no answer from {endpoint or 'the store'}{said}", hint="is the address right, and is it up?"
+        )
+    if fault.status in (301, 307):
+        return StorageError(f"{what}: the bucket is in another region{said}", hint="set AWS_REGION or `region`")
+    return StorageError(f"{what}: the store failed{said}")
+
+
+def _said(fault: Fault) -> str:
+    status = f"HTTP {fault.status} " if fault.status else ""
+    message = redact_text(fault.message).strip()
+    return f" ({status}{fault.code}{': ' + message[:300] if message else ''})"

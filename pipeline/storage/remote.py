@@ -1,0 +1,187 @@
+"""Every other scheme that fsspec has a driver for: http, gs, az, hdfs, sftp, memory ...
+
+* Reading works with any driver. What it returns is counted: fsspec's http asks for a range and takes a whole body
+  for it where the server ignores ranges.
+* Writing works where the driver uploads an object whole or not at all (`WHOLE_PUT`); the others would show half a file.
+* Not every store gives an etag; then only the size is held against the plan.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, BinaryIO, NoReturn, TypeVar
+
+from pipeline.errors import (
+    AlreadyExists,
+    InputError,
+    MissingDependency,
+    NotFound,
+    OutcomeUnknown,
+    StorageError,
+    nearest,
+)
+from pipeline.storage.entry import Entry, changed, clip, redact, scheme_of
+from pipeline.storage.faults import Fault, Patience, ShortBody, error_of, persist
+from pipeline.storage.pinned import FILE_BUFFER_BYTES, PinnedFile
+
+T = TypeVar("T")
+
+WHOLE_PUT = ("memory", "gs", "gcs", "az", "abfs", "abfss")
+WEB = ("http", "https")
+ETAGS = ("ETag", "etag", "md5Hash", "checksum", "generation", "mtime", "modified", "created", "updated", "LastModified")
+_FILESYSTEMS: dict[tuple[object, ...], Any] = {}
+
+
+@dataclass(frozen=True)
+class Remote:
+    scheme: str
+    options: Mapping[str, object] = field(default_factory=dict)
+
+    def stat(self, uri: str) -> Entry:
+        info = self._info(uri)
+        if info.get("type") == "directory":
+            raise NotFound(f"{redact(uri)}: a folder, not a file")
+        if info.get("size") is None:
+            raise StorageError(f"{redact(uri)}: the server does not tell the file's size")
+        return _entry(uri, info)
+
+    def exists(self, uri: str) -> bool:
+        try:
+            return bool(self._info(uri).get("type") != "directory")
+        except NotFound:
+            return False
+
+    def scan(self, prefix: str, *, deep: bool) -> Iterator[Entry]:
+        folder = prefix.rpartition("/")[0] + "/"
+        root = self._path(folder)
+        found: dict[str, Any] = self._do(
+            folder,
+            lambda filesystem: filesystem.find(root, maxdepth=None if deep else 1, detail=True),
+            lambda fault: {} if fault.status == 404 else self._refuse(fault, folder),
+        )
+        for name, info in found.items():
+            uri = folder + name[len(root.rstrip("/")) :].lstrip("/")
+            if info.get("type") != "directory" and uri.startswith(prefix) and not name.endswith("/"):
+                yield _entry(uri, info)
+
+    def read(self, uri: str, start: int, stop: int | None, expect: Entry | None) -> bytes:
+        size_bytes = None if start == 0 and stop is None and expect is None else self._size_bytes(uri, expect)
+        path = self._path(uri)
+        if size_bytes is None:  # all of it, or a server that tells no size: then a part can only be cut from the whole
+            return self._do(uri, lambda filesystem: bytes(filesystem.cat_file(path)))[start:stop]
+        first, last = clip(size_bytes, start, stop)
+        if first == last:
+            return b""
+        whole = last - first == size_bytes
+        limits = {} if whole else {"start": first, "end": last}
+
+        def fetch(filesystem: Any) -> bytes:
+            data: bytes = filesystem.cat_file(path, **limits)
+            if len(data) == last - first:
+                return data
+            if len(data) == size_bytes:
+                return data[first:last]
+            raise ShortBody(f"{len(data)} of {last - first} bytes arrived")
+
+        return self._do(uri, fetch)
+
+    def open(self, uri: str, expect: Entry | None) -> BinaryIO:
+        return io.BufferedReader(PinnedFile(self.read, expect or self.stat(uri)), FILE_BUFFER_BYTES)
+
+    def create(self, uri: str, data: bytes) -> None:
+        if self.scheme not in WHOLE_PUT:
+            raise InputError(
+                f"{redact(uri)}: cannot be written to in one atomic step",
+                known=("a folder", "s3://", *(f"{scheme}://" for scheme in WHOLE_PUT)),
+            )
+        self._do(
+            uri,
+            lambda filesystem: filesystem.pipe_file(self._path(uri), data, mode="create"),
+            lambda fault: self._not_created(fault, uri),
+            again=lambda fault: fault.is_undone,
+        )
+
+    def delete(self, uri: str) -> None:
+        absent = lambda fault: None if fault.status == 404 else self._refuse(fault, uri)  # noqa: E731
+        self._do(uri, lambda filesystem: filesystem.rm_file(self._path(uri)), absent)
+
+    def sweep(self, folder: str, older_than_s: float) -> int:
+        return 0
+
+    def _size_bytes(self, uri: str, expect: Entry | None) -> int | None:
+        """Of the file as it is now, which must be as expected."""
+        info = self._info(uri)
+        if expect is not None:
+            found = _entry(uri, info)
+            if found.size_bytes != expect.size_bytes or found.etag != expect.etag:
+                raise changed(expect, found.size_bytes, found.etag)
+        return info.get("size")
+
+    def _info(self, uri: str) -> Mapping[str, Any]:
+        info: Mapping[str, Any] = self._do(uri, lambda filesystem: filesystem.info(self._path(uri)))
+        return info
+
+    def _do(
+        self,
+        uri: str,
+        action: Callable[[Any], T],
+        otherwise: Callable[[Fault], T] | None = None,
+        again: Callable[[Fault], bool] = lambda fault: not fault.is_final,
+    ) -> T:
+        filesystem = self._filesystem(uri)
+
+        def attempt() -> T:
+            filesystem.invalidate_cache()
+            return action(filesystem)
+
+        return persist(attempt, otherwise or (lambda fault: self._refuse(fault, uri)), Patience(), again=again)
+
+    def _filesystem(self, uri: str) -> Any:
+        import fsspec
+
+        known = _driver(self.scheme)
+        told = known._get_kwargs_from_urls(uri)
+        key = (os.getpid(), self.scheme, repr(sorted(self.options.items())), repr(sorted(told.items())))
+        if key not in _FILESYSTEMS:
+            _FILESYSTEMS[key] = fsspec.filesystem(self.scheme, **{**told, **self.options})
+        return _FILESYSTEMS[key]
+
+    def _path(self, uri: str) -> str:
+        return str(_driver(self.scheme)._strip_protocol(uri))
+
+    def _refuse(self, fault: Fault, uri: str) -> NoReturn:
+        raise error_of(fault, uri)
+
+    def _not_created(self, fault: Fault, uri: str) -> NoReturn:
+        if fault.status == 412:
+            raise AlreadyExists(f"{redact(uri)} exists")
+        if fault.is_final:
+            self._refuse(fault, uri)
+        raise OutcomeUnknown(error_of(fault, uri).message + "; whether it was created is not known")
+
+
+def _entry(uri: str, info: Mapping[str, Any]) -> Entry:
+    etag = next((str(info[name]) for name in ETAGS if info.get(name)), "")
+    return Entry(uri, int(info.get("size") or 0), etag.removeprefix("W/").strip('"'))
+
+
+def _driver(scheme: str) -> Any:
+    """fsspec's class for a scheme. Raises InputError, MissingDependency."""
+    from fsspec.registry import get_filesystem_class, known_implementations
+
+    try:
+        return get_filesystem_class(scheme)
+    except ValueError:
+        known = sorted(known_implementations)
+        raise InputError(f"unknown scheme `{scheme}://`", known=known, hint=nearest(scheme, known)) from None
+    except ImportError as error:
+        package = known_implementations[scheme]["class"].partition(".")[0]
+        hint = f"pip install {package}" if package != "fsspec" else f"pip install 'fsspec[{scheme}]'"
+        raise MissingDependency(f"`{scheme}://` needs a driver that is not installed ({error})", hint=hint) from None
+
+
+def is_web(uri: str) -> bool:
+    return scheme_of(uri) in WEB

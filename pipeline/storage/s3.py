@@ -1,0 +1,201 @@
+"""`s3://`: each answer is one plain request through s3fs, pinned by ETag where it must be.
+
+* Create is one PUT with `If-None-Match: *`, never a multipart upload, where some stores ignore the condition.
+* Listings are asked for page by page and never cached; no request is made per object.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, BinaryIO, NoReturn
+
+from pipeline.errors import AlreadyExists, InputError, OutcomeUnknown, StorageError
+from pipeline.storage.entry import Entry, changed, clip, host_of, redact
+from pipeline.storage.faults import Fault, Patience, ShortBody, error_of, persist
+from pipeline.storage.pinned import FILE_BUFFER_BYTES, PinnedFile
+from pipeline.storage.s3_client import S3Options, forget_client, send
+
+BUCKET_KEY = re.compile(r"s3://(?P<bucket>arn:[^/]+:accesspoint[:/][^/]+|[^/]+)/?(?P<key>.*)", re.DOTALL)
+MAX_PUT_BYTES = 5 << 30
+
+
+@dataclass(frozen=True)
+class S3:
+    options: S3Options = field(default_factory=S3Options)
+
+    def stat(self, uri: str) -> Entry:
+        bucket, key = _object(uri)
+        head, _ = self._ask(uri, "head_object", Bucket=bucket, Key=key)
+        return Entry(uri, head["ContentLength"], _plain(head.get("ETag")))
+
+    def exists(self, uri: str) -> bool:
+        bucket, key = _object(uri)
+        request = {"Bucket": bucket, "Key": key}
+
+        def head() -> bool:
+            self._request("head_object", 0, request)
+            return True
+
+        return persist(head, lambda fault: self._absent(fault, uri), self._patience, renew=self._renew)
+
+    def scan(self, prefix: str, *, deep: bool) -> Iterator[Entry]:
+        bucket, start = _bucket_key(prefix)
+        request: dict[str, Any] = {"Bucket": bucket, "Prefix": start, **({} if deep else {"Delimiter": "/"})}
+        while True:
+            page, _ = self._ask(prefix, "list_objects_v2", **request)
+            for item in page.get("Contents", []):
+                if not item["Key"].endswith("/"):  # a marker that some tool made for a folder
+                    yield Entry(f"s3://{bucket}/{item['Key']}", item["Size"], _plain(item.get("ETag")))
+            if not page.get("IsTruncated"):
+                return
+            request["ContinuationToken"] = page["NextContinuationToken"]
+
+    def read(self, uri: str, start: int, stop: int | None, expect: Entry | None) -> bytes:
+        bucket, key = _object(uri)
+        if expect is not None:
+            start, stop = clip(expect.size_bytes, start, stop)
+        if stop is not None and start >= stop and not (expect and expect.size_bytes == 0):
+            return b""
+        request = {"Bucket": bucket, "Key": key, **_condition(start, stop, expect)}
+
+        def fetch() -> bytes:
+            answer, data = self._request("get_object", stop - start if stop else 0, request)
+            return _checked(uri, answer, data, start, stop, expect)
+
+        return persist(fetch, lambda fault: self._no_bytes(fault, uri, expect), self._patience, renew=self._renew)
+
+    def open(self, uri: str, expect: Entry | None) -> BinaryIO:
+        return io.BufferedReader(PinnedFile(self.read, expect or self.stat(uri)), FILE_BUFFER_BYTES)
+
+    def create(self, uri: str, data: bytes) -> None:
+        bucket, key = _object(uri)
+        if len(data) > MAX_PUT_BYTES:
+            raise StorageError(f"{redact(uri)}: {len(data)} bytes are too many for one PUT", hint="make parts smaller")
+        request = {"Bucket": bucket, "Key": key, "Body": data, "IfNoneMatch": "*"}
+
+        def put() -> None:
+            answer, _ = self._request("put_object", len(data), request)
+            if not answer.get("ETag"):
+                raise OutcomeUnknown(f"{redact(uri)}: the store's answer to the PUT has no ETag")
+
+        # never sent again when it may have been done: then it is for the caller to look
+        persist(
+            put,
+            lambda fault: self._not_created(fault, uri),
+            self._patience,
+            again=lambda fault: fault.is_undone,
+            renew=self._renew,
+        )
+
+    def delete(self, uri: str) -> None:
+        bucket, key = _object(uri)
+        self._ask(uri, "delete_object", Bucket=bucket, Key=key)
+
+    def sweep(self, folder: str, older_than_s: float) -> int:
+        return 0  # a PUT that broke off leaves nothing
+
+    def _ask(self, uri: str, method: str, **request: Any) -> tuple[Mapping[str, Any], bytes]:
+        return persist(
+            lambda: self._request(method, 0, request),
+            lambda fault: self._refuse(fault, uri),
+            self._patience,
+            renew=self._renew,
+        )
+
+    def _request(self, method: str, size_bytes: int, request: Mapping[str, Any]) -> tuple[Mapping[str, Any], bytes]:
+        return send(self.options, method, size_bytes, request)
+
+    def _renew(self) -> None:
+        forget_client(self.options)
+
+    @property
+    def _patience(self) -> Patience:
+        return Patience(attempts=self.options.attempts, backoff_s=self.options.backoff_s)
+
+    def _refuse(self, fault: Fault, uri: str) -> NoReturn:
+        raise error_of(self._explained(fault, uri), uri, self._endpoint())
+
+    def _explained(self, fault: Fault, uri: str) -> Fault:
+        """An answer to HEAD has no body that could tell a missing bucket or expired credentials: ask once more, in
+        a way that has one."""
+        if not fault.code.isdigit():
+            return fault
+        bucket, key = _bucket_key(uri)
+        request = {"Bucket": bucket, "Prefix": key, "MaxKeys": 1}
+
+        def ask() -> Fault:
+            self._request("list_objects_v2", 0, request)
+            return fault
+
+        told = persist(ask, lambda told: told, Patience(attempts=1))
+        return told if told.is_denied or told.code == "NoSuchBucket" else fault
+
+    def _absent(self, fault: Fault, uri: str) -> bool:
+        return False if fault.status == 404 else self._refuse(fault, uri)
+
+    def _no_bytes(self, fault: Fault, uri: str, expect: Entry | None) -> bytes:
+        if fault.status == 412 and expect is not None:
+            raise changed(expect, 0, "")
+        if fault.status == 416 and expect is None:
+            return b""  # the range begins behind the end
+        return self._refuse(fault, uri)
+
+    def _not_created(self, fault: Fault, uri: str) -> NoReturn:
+        if fault.status == 412:
+            raise AlreadyExists(f"{redact(uri)} exists")
+        if fault.status == 501:
+            raise StorageError(f"{redact(uri)}: this store has no conditional writes", hint="use another store")
+        if fault.is_final or (fault.is_undone and fault.status != 503):
+            self._refuse(fault, uri)
+        raise OutcomeUnknown(error_of(fault, uri, self._endpoint()).message + "; whether it was created is not known")
+
+    def _endpoint(self) -> str:
+        return host_of(self.options.endpoint) if self.options.endpoint else "AWS S3"
+
+
+def _bucket_key(uri: str) -> tuple[str, str]:
+    match = BUCKET_KEY.fullmatch(uri)
+    if match is None:
+        raise InputError(f"{redact(uri)}: no bucket is named", hint="write s3://bucket/key")
+    return match["bucket"], match["key"]
+
+
+def _object(uri: str) -> tuple[str, str]:
+    bucket, key = _bucket_key(uri)
+    if not key or key.endswith("/"):
+        raise InputError(f"{redact(uri)}: names a folder, not an object")
+    return bucket, key
+
+
+def _condition(start: int, stop: int | None, expect: Entry | None) -> dict[str, str]:
+    condition = {"IfMatch": f'"{expect.etag}"'} if expect is not None and expect.etag else {}
+    whole = start == 0 and (stop is None or (expect is not None and stop == expect.size_bytes))
+    # a whole GET is checked against the checksum that was stored with the object, a range cannot be
+    return condition if whole else {**condition, "Range": f"bytes={start}-{'' if stop is None else stop - 1}"}
+
+
+def _checked(
+    uri: str, answer: Mapping[str, Any], data: bytes, start: int, stop: int | None, expect: Entry | None
+) -> bytes:
+    """The bytes asked for: of the expected object, and all of them, or an exception."""
+    etag = _plain(answer.get("ETag"))
+    if not etag:
+        raise ShortBody("an answer without ETag")  # an error page sent with status 200
+    ranged = answer.get("ContentRange")
+    size_bytes = int(ranged.rpartition("/")[2]) if ranged else int(answer["ContentLength"])
+    if expect is not None and (size_bytes, etag) != (expect.size_bytes, expect.etag or etag):
+        if not ranged and etag == expect.etag:
+            raise ShortBody(f"{size_bytes} bytes announced of {expect.size_bytes}")
+        raise changed(expect, size_bytes, etag)
+    first, last = clip(size_bytes, start, stop)
+    wanted = last - first if ranged else size_bytes
+    if len(data) != wanted:
+        raise ShortBody(f"{len(data)} of {wanted} bytes arrived")
+    return data if ranged else data[first:last]
+
+
+def _plain(etag: str | None) -> str:
+    return (etag or "").strip('"')

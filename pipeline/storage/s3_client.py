@@ -1,0 +1,99 @@
+"""Options -> an S3 client, made on first use in each process and for each environment; one request through it."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+SLOWEST_BYTES_PER_S = 256 << 10  # below this a transfer counts as stalled: client timeouts alone allow minutes
+# what the client reads from the environment when it is made
+ENVIRONMENT = (
+    "AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_PROFILE", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY",
+    "AWS_SESSION_TOKEN", "AWS_REGION", "AWS_DEFAULT_REGION", "AWS_CONFIG_FILE", "AWS_SHARED_CREDENTIALS_FILE",
+    "AWS_CA_BUNDLE", "AWS_REQUEST_CHECKSUM_CALCULATION", "AWS_RESPONSE_CHECKSUM_VALIDATION",
+)  # fmt: skip
+_CLIENTS: dict[tuple[object, ...], Any] = {}
+
+
+@dataclass(frozen=True)
+class S3Options:
+    """What `Store.options` may say of S3; the rest, and every credential, comes from the environment."""
+
+    endpoint_url: str = ""
+    profile: str = ""
+    region: str = ""
+    anon: bool = False
+    requester_pays: bool = False
+    addressing_style: str = ""  # path | virtual; by default `path` where an endpoint is given
+    connect_timeout_s: float = 5
+    read_timeout_s: float = 30
+    attempts: int = 8
+    backoff_s: float = 0.2
+
+    @property
+    def endpoint(self) -> str:
+        return self.endpoint_url or os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or ""
+
+
+def send(
+    options: S3Options, method: str, size_bytes: int, request: Mapping[str, Any]
+) -> tuple[Mapping[str, Any], bytes]:
+    """The store's answer and its body. `size_bytes` is what must be moved; it sets the time limit."""
+    from fsspec.asyn import sync
+
+    key = _client_key(options)
+    client = _CLIENTS.get(key) or _CLIENTS.setdefault(key, _make_client(options))
+    limit_s = 2 * options.read_timeout_s + size_bytes / SLOWEST_BYTES_PER_S
+    answer, data = sync(client.loop, _answer, client, limit_s, method, {**client.req_kw, **request})
+    return answer, data
+
+
+def forget_client(options: S3Options) -> None:
+    """The next request reads the credentials anew."""
+    _CLIENTS.pop(_client_key(options), None)
+
+
+def _client_key(options: S3Options) -> tuple[object, ...]:
+    return (os.getpid(), options, *(os.environ.get(name) for name in ENVIRONMENT))
+
+
+async def _answer(client: Any, limit_s: float, method: str, request: dict[str, Any]) -> tuple[Mapping[str, Any], bytes]:
+    async with asyncio.timeout(limit_s):
+        answer = await client._call_s3(method, **request)
+        if "Body" not in answer:
+            return answer, b""
+        try:
+            return answer, await answer["Body"].read()
+        finally:
+            answer["Body"].close()
+
+
+def _make_client(options: S3Options) -> Any:
+    import s3fs
+
+    style = options.addressing_style or ("path" if options.endpoint and not _is_virtual(options.endpoint) else "auto")
+    client = s3fs.S3FileSystem(
+        anon=options.anon,
+        endpoint_url=options.endpoint_url or None,
+        requester_pays=options.requester_pays,
+        client_kwargs={"region_name": options.region} if options.region else {},
+        config_kwargs={
+            "retries": {"mode": "standard", "total_max_attempts": 1},  # `persist` tries again
+            "connect_timeout": options.connect_timeout_s,
+            "read_timeout": options.read_timeout_s,
+            "max_pool_connections": 64,
+            "s3": {"addressing_style": style},
+        },
+        use_listings_cache=False,
+        skip_instance_cache=True,
+        **({"profile": options.profile} if options.profile else {}),
+    )
+    client.retries = 1
+    return client
+
+
+def _is_virtual(endpoint: str) -> bool:
+    return any(host in endpoint for host in ("amazonaws.com", "aliyuncs.com"))
