@@ -13,6 +13,7 @@ Shapes: B batch, C channels, H W image, h w grid, N = h w patches, T = 1 + N tok
 from __future__ import annotations
 
 from collections.abc import Mapping
+from copy import deepcopy
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -216,8 +217,8 @@ class FastViTMSN:
         weight, bias = embed.patch.weight, embed.patch.get_parameter("bias")
         self.patch = fused_linear(weight.permute(0, 2, 3, 1).flatten(1).to(dtype), bias.to(dtype))
         self.blocks = [FastBlock(block, s, dtype) for block in plain.blocks]  # type: ignore[arg-type]
-        self.norm = plain.norm.to(dtype)
-        self.head = None if plain.head is None else plain.head.to(dtype)
+        self.norm = deepcopy(plain.norm).to(dtype)
+        self.head = None if plain.head is None else deepcopy(plain.head).to(dtype)
 
     def gives(self) -> dict[str, tuple[int, ...]]:
         return gives(self.settings, self.head is not None)
@@ -249,7 +250,7 @@ class FastBlock:
         self.out = fused_linear(attention.out.weight.to(dtype), attention.out.bias.to(dtype))
         self.up = fused_linear(plain.mlp.up.weight.to(dtype), plain.mlp.up.bias.to(dtype), s.hidden_act)
         self.down = fused_linear(plain.mlp.down.weight.to(dtype), plain.mlp.down.bias.to(dtype))
-        self.norm1, self.norm2 = plain.norm1.to(dtype), plain.norm2.to(dtype)
+        self.norm1, self.norm2 = deepcopy(plain.norm1).to(dtype), deepcopy(plain.norm2).to(dtype)
 
     def __call__(self, x_BTD: Tensor, with_weights: bool) -> tuple[Tensor, Tensor]:
         """x_BTD -> x_BTD, attention weights BATT (an empty tensor where they are not asked for)."""
