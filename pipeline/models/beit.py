@@ -581,10 +581,12 @@ def read_settings(config: Mapping[str, Any], size_HW: tuple[int, int]) -> Settin
     said |= {name: _pair(name, config[name]) for name in ("image_size", "patch_size") if name in config}
     said |= {"num_labels": num_labels(config), "input_size": tuple(size_HW)}
     settings = Settings(**said)
+    _check_widths(settings)
+    _check_sizes(settings)
+    _check_positions(settings)
     out_features, out_indices = _stages(settings, config)
     settings = replace(settings, out_features=out_features, out_indices=out_indices)
-    for check in (_check_sizes, _check_widths, _check_positions, _check_fpn):
-        check(settings)
+    _check_fpn(settings)
     return settings
 
 
