@@ -21,10 +21,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from pipeline.driver import Summary, run
     from pipeline.job import JobSpec, load_job, parse_job
     from pipeline.models import load_model
     from pipeline.results import open_results, read_rejects, status
-    from pipeline.driver import Summary, run
 
 _HOME = {
     "JobSpec": "pipeline.job", "load_job": "pipeline.job", "parse_job": "pipeline.job",

@@ -45,7 +45,9 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     run = _command(commands, "run", _run, "do what is left of a job; the same command resumes")
     _add_job(run)
-    run.add_argument("--runner", choices=["ray", "local"], default="ray", help="a Ray cluster (default), or this process")
+    run.add_argument(
+        "--runner", choices=["ray", "local"], default="ray", help="a Ray cluster (default), or this process"
+    )
     run.add_argument("--address", help="Ray cluster to join; default: RAY_ADDRESS, or one started here")
     run.add_argument("--json", action="store_true", help="print the summary as JSON")
     _add_job(_command(commands, "plan", _plan, "what a run would do: parts, bytes, what is committed; writes nothing"))
@@ -127,7 +129,8 @@ def _plan(arguments: argparse.Namespace) -> int:
         check_same_run(plan, identities(job, probed.cards, probed.dtype), output.uri)
     files = output.part_files()
     rows = f"{plan.rows:,}" if plan.rows is not None else "known when read"
-    print(f"plan       {len(plan.parts)} parts, {sum(p.size_bytes for p in plan.parts):,} bytes of input, rows {rows}; {where}")
+    size = f"{sum(part.size_bytes for part in plan.parts):,} bytes of input"
+    print(f"plan       {len(plan.parts)} parts, {size}, rows {rows}; {where}")
     print(f"dtype      {probed.dtype} on {probed.device}, batches of {probed.batch_size}")
     for name in plan.identities:
         done = sum(plan.file_name(name, part) in files for part in plan.parts)
@@ -200,7 +203,9 @@ def _demo(arguments: argparse.Namespace) -> int:
 
     script = Path(__file__).parent.parent / "infra" / "demo" / "demo.py"
     if not script.is_file():
-        raise UserError("the demo lives in the repository, not in the installed package", hint="clone it and run `make demo`")
+        raise UserError(
+            "the demo lives in the repository, not in the installed package", hint="clone it and run `make demo`"
+        )
     sys.argv = [str(script), "--runner", arguments.runner]
     runpy.run_path(str(script), run_name="__main__")
     return DONE

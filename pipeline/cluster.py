@@ -53,7 +53,9 @@ def _init(address: str | None) -> None:
     try:
         ray.init(address=joined, logging_level=logging.ERROR, log_to_driver=False, **own)
     except (ConnectionError, RuntimeError, ValueError) as error:
-        raise JobFailed(f"no Ray cluster at `{joined}`: {error}", hint="leave out the address to start one here") from None
+        raise JobFailed(
+            f"no Ray cluster at `{joined}`: {error}", hint="leave out the address to start one here"
+        ) from None
 
 
 def stream(parts: Iterable[Part], work: Work) -> Iterator[Embedded | Failed]:
@@ -61,6 +63,7 @@ def stream(parts: Iterable[Part], work: Work) -> Iterator[Embedded | Failed]:
     dataset = _graph(list(parts), work)
     try:
         for block in dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
+            assert isinstance(block, pa.Table)
             for payload in block.column("payload"):
                 yield pickle.loads(payload.as_buffer())
     except ray.exceptions.RayError as error:
@@ -76,18 +79,28 @@ def _graph(parts: list[Part], work: Work) -> ray.data.Dataset:
         _Read(handle), batch_size=1, batch_format="pyarrow", num_cpus=READ_CPUS,
         compute=TaskPoolStrategy(size=_read_tasks(work)),
     )  # fmt: skip
-    gpus = _gpus_per_worker(work.job)
-    if work.device == "cuda":
-        batches = batches.map_batches(_Step, fn_constructor_args=["prepare", handle], batch_size=1,
-            batch_format="pyarrow", num_cpus=1, compute=ActorPoolStrategy(min_size=1, max_size=_cpus()))  # fmt: skip
-    cpus = ACTOR_CPUS * work.threads
-    return batches.map_batches(
+    count, gpus = workers(work.job), _gpus_per_worker(work.job)
+    if not prepares_apart(work):
+        cpus = 0 if gpus else min(ACTOR_CPUS * work.threads, ACTOR_CPUS * _cpus() / count)
+        return _actors(batches, ["both", handle], count, cpus, gpus)
+    preparers = max(1, int(_cpus() * ACTOR_CPUS - (0 if gpus else count * ACTOR_CPUS)))
+    prepared = _actors(batches, ["prepare", handle], preparers, cpus=ACTOR_CPUS, gpus=0)
+    return _actors(prepared, ["embed", handle], count, cpus=0 if gpus else ACTOR_CPUS, gpus=gpus)
+
+
+def prepares_apart(work: Work) -> bool:
+    """Whether decoding is a stage of its own: with a GPU, whose worker would otherwise wait for its own core."""
+    return work.device != "cpu"
+
+
+def _actors(dataset: ray.data.Dataset, arguments: list[Any], count: int, cpus: float, gpus: float) -> ray.data.Dataset:
+    return dataset.map_batches(
         _Step,
-        fn_constructor_args=["embed" if work.device == "cuda" else "both", handle],
+        fn_constructor_args=arguments,
         batch_size=1,
         batch_format="pyarrow",
-        compute=ActorPoolStrategy(size=workers(work.job)),
-        num_cpus=min(cpus, _cpus() * ACTOR_CPUS / workers(work.job)) if not gpus else 0,
+        compute=ActorPoolStrategy(size=count),
+        num_cpus=cpus,
         num_gpus=gpus or None,
         max_restarts=WORKER_TRIES,
         max_task_retries=WORKER_TRIES,
@@ -97,7 +110,7 @@ def _graph(parts: list[Part], work: Work) -> ray.data.Dataset:
 class _Read:
     """Parts to batches, one row each. A failed part travels on as a row of its own."""
 
-    def __init__(self, work: ray.ObjectRef) -> None:
+    def __init__(self, work: ray.ObjectRef[Work]) -> None:
         self.work = work
 
     def __call__(self, table: pa.Table) -> Iterator[pa.Table]:
@@ -111,7 +124,7 @@ class _Read:
 class _Step:
     """An actor: prepares, embeds, or both; lets failed parts through."""
 
-    def __init__(self, what: str, work: ray.ObjectRef | Work) -> None:
+    def __init__(self, what: str, work: ray.ObjectRef[Work] | Work) -> None:
         work = ray.get(work) if isinstance(work, ray.ObjectRef) else work
         self.prepare = Preparer(work) if what in ("prepare", "both") else None
         self.embed = Embedder(work) if what in ("embed", "both") else None
@@ -136,17 +149,22 @@ def workers(job: JobSpec) -> int:
         return job.resources.workers
     gpus = _gpus_per_worker(job)
     if gpus:
-        return max(1, int(ray.cluster_resources().get("GPU", 0) / gpus))
+        return max(1, int(_resource("GPU") / gpus))
     return max(1, int(_cpus()) // job.resources.threads_per_worker)
 
 
 def _gpus_per_worker(job: JobSpec) -> float:
     wanted = job.resources.gpus_per_worker
-    return (1.0 if ray.cluster_resources().get("GPU", 0) >= 1 else 0.0) if wanted == "auto" else wanted
+    return (1.0 if _resource("GPU") >= 1 else 0.0) if wanted == "auto" else wanted
 
 
 def _cpus() -> float:
-    return float(ray.cluster_resources().get("CPU", 1))
+    return _resource("CPU")
+
+
+def _resource(name: str) -> float:
+    total: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
+    return total.get(name, 0.0)
 
 
 def _read_tasks(work: Work) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -217,7 +216,8 @@ def _finish(job: JobSpec, output: Output, plan: Plan, tally: Tally) -> Summary:
     if rejected > job.reject_limit * totals["rows_in"]:
         by_reason = ", ".join(f"{reason} {count}" for reason, count in totals["rejected"].items())
         raise RejectLimitExceeded(
-            f"{rejected} of {totals['rows_in']} images were rejected, more than reject_limit {job.reject_limit:g}: {by_reason}",
+            f"{rejected} of {totals['rows_in']} images were rejected ({by_reason}), "
+            f"more than reject_limit {job.reject_limit:g}",
             hint=f"what was good is committed; look at `img2parquet rejects {output.uri}`, "
             "and run again with a higher --set reject_limit=... to accept it",
         )
@@ -238,8 +238,9 @@ def _totals(plan: Plan, footers: list[Footer]) -> dict[str, Any]:
         for reject in footer.rejects:
             reasons.setdefault((footer.part_index, reject["row"]), reject["reason"])
     by_reason = dict(sorted(Counter(reasons.values()).items(), key=lambda item: (-item[1], item[0])))
-    return json.loads(  # plain types only: this is what _SUCCESS says
-        json.dumps(
-            {"parts": len(plan.parts), "rows_in": sum(rows_in.values()), "rows_written": written, "rejected": by_reason}
-        )
-    )
+    return {
+        "parts": len(plan.parts),
+        "rows_in": sum(rows_in.values()),
+        "rows_written": dict(written),
+        "rejected": by_reason,
+    }

@@ -17,8 +17,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pyarrow as pa
 
-from pipeline.batch import Batch, Crops, Embedded, Prepared, Work
+from pipeline.batch import Batch, Crops, Embedded, Failed, Prepared, Work
 from pipeline.decode import decode
+from pipeline.errors import PartFailed
 from pipeline.job import JobSpec, ModelJob
 from pipeline.models import Card
 from pipeline.outputs import BatchRows
@@ -93,7 +94,13 @@ class Embedder:
             for wanted in work.job.models
         ]
 
-    def __call__(self, prepared: Prepared) -> Embedded:
+    def __call__(self, prepared: Prepared) -> Embedded | Failed:
+        try:
+            return self._batch(prepared)
+        except PartFailed as error:  # features that are not finite, say: this part's failure, not the job's
+            return Failed(prepared.part_index, str(error))
+
+    def _batch(self, prepared: Prepared) -> Embedded:
         import torch
 
         # a setting of the calling thread; with another count the last bits of a sum may differ

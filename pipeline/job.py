@@ -78,7 +78,8 @@ class ModelJob(Settings):
         for output in self.outputs:
             for column in output.column_names():
                 if column in owners:
-                    raise ValueError(f"outputs `{owners[column]}` and `{output.kind}` both write the column `{column}`; give one a `name:`")
+                    both = f"outputs `{owners[column]}` and `{output.kind}`"
+                    raise ValueError(f"{both} both write the column `{column}`; give one a `name:`")
                 owners[column] = output.kind
         return self
 
@@ -145,7 +146,8 @@ class JobSpec(Settings):
             written = {column for output in model.outputs for column in output.column_names()}
             for column in sorted(written & (passthrough | RESERVED_COLUMNS.keys())):
                 owner = "input.keep" if column in passthrough else "every result row"
-                raise ValueError(f"model `{model.name}`: column `{column}` of an output is also one of {owner}; give the output a `name:`")
+                place = f"model `{model.name}`: column `{column}` of an output"
+                raise ValueError(f"{place} is also one of {owner}; give the output a `name:`")
         return self
 
 
@@ -195,8 +197,13 @@ def _override(document: Any, text: str) -> None:
 
 
 _CLASSES: dict[str, type[BaseModel]] = {
-    "models": ModelJob, "output": OutputJob, "resources": Resources, "decode": DecodeJob
-} | SOURCE_CLASSES | OUTPUT_CLASSES  # fmt: skip
+    "models": ModelJob,
+    "output": OutputJob,
+    "resources": Resources,
+    "decode": DecodeJob,
+    **SOURCE_CLASSES,
+    **OUTPUT_CLASSES,
+}
 
 
 def _explain(error: ValidationError, where: str) -> JobError:
@@ -247,7 +254,7 @@ def identity(job: JobSpec, model: ModelJob, card: Card, dtype: str) -> dict[str,
         "weights": card.weights_hash,
         "config": json.loads(json.dumps(card.config, sort_keys=True, default=str)),
         "preprocess": {"mode": job.preprocess, **preprocess.describe(card.preprocess)},
-        "decode": job.decode.model_dump(),
+        "decode": decode.describe(job.decode.policy()),
         "input": _plain(job.input, exclude=PLACES_AND_SPEED),
         "outputs": [_plain(output) for output in model.outputs],
         "dtype": dtype,

@@ -30,7 +30,7 @@ def stream(parts: Iterable[Part], work: Work) -> Iterator[Embedded | Failed]:
     """Results in the order of their batches; at most three batches per worker are in memory at any time."""
     count = workers(work.job)
     prepare, embed = Preparer(work), Embedder(work)
-    waiting: deque[Future[Embedded] | Failed] = deque()
+    waiting: deque[Future[Embedded | Failed] | Failed] = deque()
     with _Reader(parts, work, depth=count) as batches, ThreadPoolExecutor(count, "img2parquet-worker") as pool:
         for batch in batches:
             waiting.append(batch if isinstance(batch, Failed) else pool.submit(lambda b: embed(prepare(b)), batch))
@@ -40,7 +40,7 @@ def stream(parts: Iterable[Part], work: Work) -> Iterator[Embedded | Failed]:
             yield _result(waiting.popleft())
 
 
-def _result(item: Future[Embedded] | Failed) -> Embedded | Failed:
+def _result(item: Future[Embedded | Failed] | Failed) -> Embedded | Failed:
     return item if isinstance(item, Failed) else item.result()
 
 

@@ -81,7 +81,8 @@ def rows_per_part(job: JobSpec, cards: Mapping[str, Card]) -> int:
         row_bytes = ROW_OVERHEAD_BYTES + sum(output.bytes_per_row(card) for output in model.outputs)
         if row_bytes > PART_BYTES:
             raise JobError(
-                f"model `{model.name}`: one row of its outputs may take {row_bytes:,} bytes; a whole part is bounded by {PART_BYTES:,}",
+                f"model `{model.name}`: one row of its outputs may take {row_bytes:,} bytes, "
+                f"more than a whole part may ({PART_BYTES:,})",
                 hint="ask for fewer layers or stages, or for a smaller image_size",
             )
         limit = min(limit, PART_BYTES // row_bytes)

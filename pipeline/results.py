@@ -69,7 +69,9 @@ def status(uri: str, **storage_options: Any) -> Status:
     plan = _plan(output)
     files = _committed(output, plan)
     footers = dict(zip(files, output.footers(files.values()), strict=True))
-    by_model = {model: [f for name, f in footers.items() if name.startswith(f"model={model}/")] for model in plan.identities}
+    by_model = {
+        model: [f for name, f in footers.items() if name.startswith(f"model={model}/")] for model in plan.identities
+    }
     indices = [{footer.part_index for footer in of_model} for of_model in by_model.values()]
     whole = set.intersection(*indices)
     first = {footer.part_index: footer for of_model in by_model.values() for footer in of_model}

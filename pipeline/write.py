@@ -61,12 +61,16 @@ def encode_part(
     table = pa.concat_tables([batch.tables[model] for batch in batches])
     rejects = tuple(sorted((r for batch in batches for r in batch.rejects[model]), key=lambda reject: reject.row))
     rows_in = next(batch.rows_in for batch in batches if batch.rows_in is not None)
-    assert rows_in == table.num_rows + len(rejects), f"part {part.index}: {rows_in} in, {table.num_rows} + {len(rejects)}"
+    assert rows_in == table.num_rows + len(rejects), (
+        f"part {part.index}: {rows_in} in, {table.num_rows} + {len(rejects)}"
+    )
     metadata = {
         "img2parquet.identity": identity,
         "img2parquet.model": model,
         "img2parquet.about": json.dumps(about, sort_keys=True),
-        "img2parquet.part": json.dumps({"index": part.index, "pieces": [asdict(p) for p in part.pieces]}, sort_keys=True),
+        "img2parquet.part": json.dumps(
+            {"index": part.index, "pieces": [asdict(p) for p in part.pieces]}, sort_keys=True
+        ),
         "img2parquet.rows_in": str(rows_in),
         "img2parquet.rejects": _pack(rejects),
     }

@@ -1,0 +1,182 @@
+"""One object, created once, whatever the store answers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+
+import pytest
+
+from pipeline import commit
+from pipeline.commit import PUT_TRIES, Output, parse_name
+from pipeline.errors import AccessDenied, AlreadyExists, NotFound, OutcomeUnknown, RunMismatch, StorageError
+from pipeline.plan import Plan, decode_plan, encode_plan, plan_hash
+from pipeline.schema import Part, Piece
+from pipeline.storage import Entry, Store, join
+
+
+@dataclass(frozen=True)
+class Flaky(Store):
+    """A store in memory that answers as it is told: `script` holds what the next creations meet."""
+
+    script: list[str] = field(default_factory=list)
+    objects: dict[str, bytes] = field(default_factory=dict)
+    calls: list[str] = field(default_factory=list)
+
+    def create(self, uri: str, data: bytes) -> None:
+        self.calls.append("create")
+        told = self.script.pop(0) if self.script else "ok"
+        if told == "down":
+            raise StorageError("503 SlowDown")
+        if told == "denied":
+            raise AccessDenied("403")
+        if told == "lost_before":
+            raise OutcomeUnknown("timed out")
+        if uri in self.objects:
+            raise AlreadyExists("412")
+        self.objects[uri] = data
+        if told == "lost_after":
+            raise OutcomeUnknown("the reply was lost")
+
+    def exists(self, uri: str) -> bool:
+        self.calls.append("exists")
+        return uri in self.objects
+
+    def read(self, uri: str, start: int = 0, stop: int | None = None, *, expect: Entry | None = None) -> bytes:
+        if uri not in self.objects:
+            raise NotFound(uri)
+        return self.objects[uri][start:stop]
+
+    def list_files(self, uri: str) -> list[Entry]:
+        return [Entry(name, len(data), "e") for name, data in sorted(self.objects.items()) if name.startswith(uri)]
+
+
+@pytest.fixture(autouse=True)
+def no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(commit.time, "sleep", lambda seconds: None)
+
+
+def output(*script: str) -> Output:
+    return Output(Flaky(script=list(script)), "memory://out")
+
+
+@pytest.mark.parametrize(
+    ("script", "outcome"),
+    [
+        ([], "created"),
+        (["lost_after"], "done"),
+        (["lost_before"], "created"),
+        (["down", "down", "lost_before", "lost_after"], "done"),
+        (["down"] * (PUT_TRIES - 1), "created"),
+    ],
+)
+def test_put_once(script: list[str], outcome: str) -> None:
+    out = output(*script)
+    assert out.put_once("a", b"1") == outcome
+    assert out.store.read("memory://out/a") == b"1"
+
+
+def test_what_is_there_is_never_written_over() -> None:
+    out = output()
+    out.put_once("a", b"first")
+    assert out.put_once("a", b"second") == "done"
+    assert out.store.read("memory://out/a") == b"first"
+
+
+def test_a_store_that_never_answers_is_an_error_that_says_so() -> None:
+    with pytest.raises(OutcomeUnknown, match="503 SlowDown"):
+        output(*["down"] * PUT_TRIES).put_once("a", b"1")
+
+
+def test_forbidden_is_not_tried_again() -> None:
+    out = output("denied")
+    with pytest.raises(AccessDenied):
+        out.put_once("a", b"1")
+    assert out.store.calls == ["create"]  # type: ignore[attr-defined]
+
+
+def test_many_writers_one_winner(output_root: str) -> None:
+    """Real stores: 12 threads, one name."""
+    out = Output.at(output_root)
+    with ThreadPoolExecutor(12) as pool:
+        outcomes = list(pool.map(lambda n: out.put_once("part", str(n).encode() * 1000), range(12)))
+    assert sorted(outcomes) == ["created"] + ["done"] * 11
+    winner = outcomes.index("created")
+    assert out.store.read(join(out.uri, "part")) == str(winner).encode() * 1000
+
+
+def plan(seed: int = 0, parts: int = 3) -> Plan:
+    return Plan(
+        tuple(Part(i, (Piece(f"s3://b/{seed}/{i}.tar", 10 + i, f"e{i}", 0, None, 5),)) for i in range(parts)),
+        {"m": {"dtype": "float32", "seed": seed}},
+    )
+
+
+def test_a_plan_survives_its_file() -> None:
+    data = encode_plan(plan())
+    assert decode_plan(data) == plan()
+    assert encode_plan(plan()) == data
+    assert plan_hash(data) != plan_hash(encode_plan(plan(1)))
+
+
+def test_a_part_is_named_by_what_it_covers_and_the_identity() -> None:
+    first, other = plan(), plan(1)
+    assert first.file_name("m", first.parts[0]) != other.file_name("m", first.parts[0])
+    moved = Part(9, first.parts[0].pieces)
+    assert moved.covers == first.parts[0].covers
+    assert parse_name(first.file_name("m", first.parts[2])) == ("m", 2, first.parts[2].id(first.identity("m")))
+    assert parse_name("model=m/part-1.parquet") is None
+
+
+def test_the_first_plan_wins() -> None:
+    out = output()
+    kept, digest = out.begin(plan().identities, plan)
+    again, same = out.begin(plan().identities, lambda: pytest.fail("planned again"))
+    assert (kept, digest) == (again, same) == (plan(), digest)
+
+
+def test_a_driver_that_loses_the_race_takes_the_winners_plan() -> None:
+    out = output()
+    winner = plan(parts=2)
+
+    def slow_planner() -> Plan:
+        out.put_once("_plan.parquet", encode_plan(winner))
+        return plan(parts=3)
+
+    assert out.begin(plan().identities, slow_planner)[0] == winner
+
+
+def test_a_plan_of_another_identity_is_refused() -> None:
+    out = output()
+    out.begin(plan().identities, plan)
+    with pytest.raises(RunMismatch, match="seed: 1, was 0"):
+        out.begin(plan(1).identities, lambda: plan(1))
+
+
+def test_a_run_record_of_another_plan_is_refused() -> None:
+    out = output()
+    _, digest = out.begin(plan().identities, plan)
+    record = {"plan_sha256": digest, "batch_size": 8}
+    assert out.record_run(record) == record
+    assert out.record_run({**record, "batch_size": 16})["batch_size"] == 8  # the first one's is reused
+    with pytest.raises(RunMismatch):
+        out.record_run({**record, "plan_sha256": "0"})
+
+
+@pytest.fixture
+def listing() -> Iterator[Output]:
+    yield output()
+
+
+def test_only_visible_files_of_partitions_count(listing: Output) -> None:
+    store = listing.store
+    for name in (
+        "_plan.parquet",
+        "model=m/part-000000-0123456789abcdef.parquet",
+        "model=m/.part.tmp-1",
+        "model=m/_x",
+        "y",
+    ):
+        store.create(f"memory://out/{name}", b"1")
+    assert list(listing.part_files()) == ["model=m/part-000000-0123456789abcdef.parquet"]

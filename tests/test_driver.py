@@ -1,0 +1,262 @@
+"""A whole job, from shards to committed rows: on a disk and on S3, in one process and on Ray."""
+
+from __future__ import annotations
+
+import json
+import tarfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+import pipeline
+from pipeline import embed
+from pipeline.commit import Output, parse_name
+from pipeline.driver import Summary, run
+from pipeline.errors import InputError, JobFailed, RejectLimitExceeded, RunMismatch, StorageError
+from pipeline.results import open_results, read_rejects, status
+from pipeline.storage import Store
+from pipeline.verify import verify
+from tests.small import BROKEN, GOOD, ROWS, SHARDS, add_member, job_dict, make_checkpoint, make_shards, small_job
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_checkpoint(tmp_path_factory.mktemp("checkpoint"))
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = tmp_path_factory.mktemp("shards")
+    make_shards(folder)
+    return f"{folder}/*.tar"
+
+
+@pytest.fixture(scope="module")
+def ray_cluster() -> Iterator[None]:
+    import ray
+
+    ray.init(num_cpus=2, include_dashboard=False, logging_level="ERROR", log_to_driver=False)
+    yield
+    ray.shutdown()
+
+
+def parts(uri: str) -> dict[str, bytes]:
+    """Every part file of an output, by name."""
+    output = Output.at(uri)
+    return {name: output.store.read(entry.uri) for name, entry in output.part_files().items()}
+
+
+def check(summary: Summary, uri: str) -> None:
+    assert summary.rows_in == ROWS
+    assert summary.rows_written == {"tiny": GOOD}
+    assert summary.rejected == {"empty": 1, "not_an_image": 1, "truncated": 1}
+    assert verify(Output.at(uri)) == []
+
+
+def test_every_row_is_written_or_rejected(shards: str, checkpoint: Path, output_root: str) -> None:
+    job = small_job(shards, checkpoint, output_root)
+    check(run(job, "local"), output_root)
+    table = open_results(output_root).to_table()
+    assert table.num_rows == GOOD
+    assert len(set(zip(table["shard"].to_pylist(), table["key"].to_pylist(), strict=True))) == GOOD
+    vectors = np.stack(table["embedding"].to_numpy())
+    np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), 1, rtol=1e-5)
+    assert table["label"].to_pylist()[:7] == [0, 1, 2, 4, 0, 1, 2]  # row 3 is broken: nothing shifts
+    assert table["caption"][3].as_py() == "no. 4"
+    assert all(row[0]["score"] >= row[1]["score"] for row in table["labels"].to_pylist())
+    rejects = read_rejects(output_root).to_pylist()
+    assert sorted((r["part"], r["row"], r["reason"]) for r in rejects) == sorted(
+        (shard, row, reason) for (shard, row), (reason, _) in BROKEN.items()
+    )
+
+
+def test_the_second_run_does_no_work(
+    shards: str, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = small_job(shards, checkpoint, str(tmp_path / "out"))
+    run(job, "local")
+    before = parts(job.output.uri)
+    monkeypatch.setattr(embed, "decode", lambda *_: pytest.fail("decoded an image again"))
+    again = run(job, "local")
+    assert again.parts_done_before == again.parts == SHARDS
+    assert again.rows_in == ROWS
+    assert parts(job.output.uri) == before
+
+
+def test_each_image_is_decoded_once_however_many_models(
+    shards: str, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    document = job_dict(shards, checkpoint, str(tmp_path / "out"))
+    second = {"model": str(checkpoint), "name": "wide", "image_size": 64, "outputs": [{"kind": "tokens"}]}
+    job = pipeline.parse_job({**document, "models": [*document["models"], second]})
+    seen: list[bytes] = []
+    real = embed.decode
+    monkeypatch.setattr(embed, "decode", lambda image, policy: seen.append(bytes(image)) or real(image, policy))
+    summary = run(job, "local")
+    assert summary.rows_written == {"tiny": GOOD, "wide": GOOD}
+    assert len(seen) == ROWS
+    assert sum(summary.rejected.values()) == len(BROKEN)  # an image that both models lack counts once
+    assert verify(Output.at(job.output.uri)) == []
+    assert open_results(job.output.uri, "wide").to_table()["model"].to_pylist() == ["wide"] * GOOD
+
+
+@pytest.mark.slow
+def test_ray_writes_the_same_files_as_one_process(
+    shards: str, checkpoint: Path, tmp_path: Path, ray_cluster: None
+) -> None:
+    written = {}
+    for runner, workers in (("local", 1), ("local", 2), ("ray", 1), ("ray", 2)):
+        uri = str(tmp_path / f"{runner}{workers}")
+        job = small_job(shards, checkpoint, uri, resources={"workers": workers, "batch_size": 8})
+        check(run(job, runner), uri)
+        written[runner, workers] = parts(uri)
+    first = written["local", 1]
+    assert len(first) == SHARDS
+    for other in written.values():
+        assert other == first
+
+
+@pytest.mark.slow
+def test_ray_writes_to_s3(shards: str, checkpoint: Path, s3_bucket: str, ray_cluster: None) -> None:
+    job = small_job(shards, checkpoint, f"{s3_bucket}/out")
+    check(run(job, "ray"), f"{s3_bucket}/out")
+
+
+@pytest.mark.slow
+def test_a_stage_of_its_own_for_decoding_gives_the_same_files(
+    shards: str, checkpoint: Path, tmp_path: Path, ray_cluster: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What happens with GPUs, without one: pixels cross the object store between two pools of actors."""
+    from pipeline import cluster
+
+    job = small_job(shards, checkpoint, str(tmp_path / "fused"))
+    run(job, "local")
+    monkeypatch.setattr(cluster, "prepares_apart", lambda work: True)
+    apart = small_job(shards, checkpoint, str(tmp_path / "apart"), resources={"workers": 1, "batch_size": 8})
+    check(run(apart, "ray"), apart.output.uri)
+    assert parts(apart.output.uri) == parts(job.output.uri)
+
+
+def test_results_do_not_depend_on_the_order_of_the_shards(shards: str, checkpoint: Path, tmp_path: Path) -> None:
+    folder = Path(shards).parent
+    listed = sorted(str(p) for p in folder.glob("*.tar"))
+    one = small_job(shards, checkpoint, str(tmp_path / "a"))
+    document = job_dict(shards, checkpoint, str(tmp_path / "b"))
+    document["input"]["uris"] = listed[::-1]
+    run(one, "local")
+    run(pipeline.parse_job(document), "local")
+    assert parts(str(tmp_path / "a")) == parts(str(tmp_path / "b"))
+
+
+@pytest.mark.parametrize(
+    ("override", "named"),
+    [
+        ("models.0.outputs.1.top_k=1", "outputs"),
+        ("dtype=bfloat16", "dtype"),
+        ("decode.alpha=drop", "decode.alpha"),
+        ("models.0.name=other", "models"),
+    ],
+)
+def test_another_run_is_refused_naming_what_differs(
+    shards: str, checkpoint: Path, tmp_path: Path, override: str, named: str
+) -> None:
+    document = job_dict(shards, checkpoint, str(tmp_path / "out"))
+    run(pipeline.parse_job(document), "local")
+    before = parts(str(tmp_path / "out"))
+    with pytest.raises(RunMismatch, match=named):
+        run(pipeline.parse_job(document, [override]), "local")
+    assert parts(str(tmp_path / "out")) == before
+
+
+def test_another_checkpoint_is_another_run(shards: str, tmp_path: Path) -> None:
+    folder = make_checkpoint(tmp_path / "model", seed=1)
+    job = small_job(shards, folder, str(tmp_path / "out"))
+    run(job, "local")
+    make_checkpoint(folder, seed=2)
+    with pytest.raises(RunMismatch, match="weights"):
+        run(job, "local")
+
+
+def test_a_folder_with_other_files_is_not_written_to(shards: str, checkpoint: Path, tmp_path: Path) -> None:
+    foreign = tmp_path / "out" / "model=tiny" / "data.parquet"
+    foreign.parent.mkdir(parents=True)
+    pq.write_table(pa.table({"x": [1]}), foreign)
+    with pytest.raises(RunMismatch, match="no _plan"):
+        run(small_job(shards, checkpoint, str(tmp_path / "out")), "local")
+    assert [p.name for p in (tmp_path / "out").rglob("*") if p.is_file()] == ["data.parquet"]
+
+
+def test_too_many_rejects_fail_the_job_after_committing(shards: str, checkpoint: Path, tmp_path: Path) -> None:
+    document = job_dict(shards, checkpoint, str(tmp_path / "out"), reject_limit=0.01)
+    with pytest.raises(RejectLimitExceeded, match=f"3 of {ROWS} images"):
+        run(pipeline.parse_job(document), "local")
+    assert len(parts(str(tmp_path / "out"))) == SHARDS
+    assert not (tmp_path / "out" / "_SUCCESS").exists()
+    accepted = run(pipeline.parse_job(document, ["reject_limit=0.5"]), "local")
+    assert accepted.parts_done_before == SHARDS
+    assert json.loads((tmp_path / "out" / "_SUCCESS").read_text())["rows_in"] == ROWS
+
+
+def test_an_input_that_changed_fails_its_part_and_no_other(checkpoint: Path, tmp_path: Path) -> None:
+    paths = make_shards(tmp_path / "in", broken=False)
+    job = small_job(f"{tmp_path}/in/*.tar", checkpoint, str(tmp_path / "out"))
+    run(job, "local")
+    done = sorted((tmp_path / "out" / "model=tiny").iterdir())
+    done[2].unlink()
+    for name in ("_SUCCESS", "_manifest.parquet", "_rejects.parquet"):
+        (tmp_path / "out" / name).unlink()
+    paths[2].write_bytes(paths[3].read_bytes() + b"\0" * 512)
+    with pytest.raises(JobFailed, match="1 of 6 parts could not be done") as caught:
+        run(job, "local")
+    assert paths[2].name in str(caught.value)
+    assert not done[2].exists()
+
+
+def test_status_and_results_while_a_job_is_under_way(shards: str, checkpoint: Path, tmp_path: Path) -> None:
+    job = small_job(shards, checkpoint, str(tmp_path / "out"))
+    seen: list[tuple[int, int]] = []
+
+    def look(tally: object) -> None:
+        now = status(job.output.uri)
+        seen.append((now.parts_done["tiny"], now.rows_written["tiny"]))
+        if now.parts_done["tiny"]:
+            assert open_results(job.output.uri).count_rows() >= now.rows_written["tiny"]
+
+    run(job, "local", on_change=look)  # type: ignore[arg-type]
+    assert seen == sorted(seen)
+    assert len({parts_done for parts_done, _ in seen}) > 2
+    last = status(job.output.uri)
+    assert last.is_complete
+    assert (last.rows_in, last.rejected) == (ROWS, len(BROKEN))
+
+
+def test_empty_and_missing_inputs(checkpoint: Path, tmp_path: Path) -> None:
+    for uri in (f"{tmp_path}/none/*.tar", f"{tmp_path}/none.tar", "s3://no-such-bucket-here/x.tar"):
+        with pytest.raises((InputError, StorageError)):
+            run(small_job(uri, checkpoint, str(tmp_path / "out")), "local")
+        assert not (tmp_path / "out").exists()
+
+
+def test_rows_of_a_part_without_good_images(checkpoint: Path, tmp_path: Path) -> None:
+    """A part without rows is a file with the full schema and none."""
+    with tarfile.open(tmp_path / "bad.tar", "w") as tar:
+        add_member(tar, "a.jpg", b"no image")
+    job = small_job(f"{tmp_path}/bad.tar", checkpoint, str(tmp_path / "out"), reject_limit=1.0)
+    summary = run(job, "local")
+    assert (summary.rows_in, summary.rows_written) == (1, {"tiny": 0})
+    table = open_results(job.output.uri).to_table()
+    assert table.num_rows == 0
+    assert "embedding" in table.column_names
+    assert verify(Output.at(job.output.uri)) == []
+
+
+def test_part_names_are_content_not_rank(shards: str, checkpoint: Path, tmp_path: Path) -> None:
+    run(small_job(shards, checkpoint, str(tmp_path / "out")), "local")
+    names = sorted(Output(Store(), str(tmp_path / "out")).part_files())
+    parsed = [parse_name(name) for name in names]
+    assert [p[1] for p in parsed if p] == list(range(SHARDS))
+    assert len({p[2] for p in parsed if p}) == SHARDS

@@ -1,0 +1,147 @@
+"""Imports go one way, heavy libraries stay where they belong: read from the source with `ast`, and held."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import pipeline
+
+ROOT = Path(pipeline.__file__).parent
+
+# Later may import earlier, never the reverse; within a layer only as WITHIN says.
+LAYERS = [
+    {"errors"},
+    {"schema"},
+    {"storage"},
+    {"read", "decode", "preprocess", "models", "outputs"},
+    {"job"},
+    {"plan", "batch", "probe"},
+    {"embed", "write", "commit"},
+    {"local", "cluster"},
+    {"driver"},
+    {"results", "verify", "progress"},
+    {"cli"},
+]
+WITHIN = {
+    ("models", "preprocess"): "a model's card says how its images are prepared",
+    ("outputs", "models"): "an output asks a model's card what it can give",
+    ("job", "job"): "",
+    ("write", "write"): "",
+}
+HEAVY = {
+    "torch": {"models", "decode", "preprocess", "outputs", "embed", "local", "probe"},
+    "ray": {"cluster"},
+    "PIL": {"decode", "preprocess", "models", "outputs"},
+    "simplejpeg": {"decode"},
+    "pyarrow": {"schema", "storage", "read", "outputs", "plan", "batch", "embed", "write", "commit", "cluster"}
+    | {"results", "verify"},
+    "fsspec": {"storage"},
+    "s3fs": {"storage"},
+    "pydantic": {"job", "read", "outputs"},
+    "yaml": {"job"},
+    "safetensors": {"models"},
+    "huggingface_hub": {"models"},
+    "transformers": set(),
+    "torchvision": set(),
+}  # fmt: skip
+
+
+def modules() -> list[Path]:
+    return sorted(path for path in ROOT.rglob("*.py") if path != ROOT / "__init__.py")
+
+
+def imported(path: Path, top_level: bool = False) -> Iterator[str]:
+    """Dotted names that a file imports, without those under TYPE_CHECKING."""
+    tree = ast.parse(path.read_text())
+    skipped = {
+        id(node)
+        for block in ast.walk(tree)
+        if isinstance(block, ast.If) and isinstance(block.test, ast.Name) and block.test.id == "TYPE_CHECKING"
+        for node in ast.walk(block)
+    }
+    nodes = tree.body if top_level else list(ast.walk(tree))
+    for node in nodes:
+        if id(node) in skipped:
+            continue
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            yield node.module
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def room(path: Path) -> str:
+    return path.relative_to(ROOT).parts[0].removesuffix(".py")
+
+
+def layer(name: str) -> int:
+    return next(i for i, names in enumerate(LAYERS) if name in names)
+
+
+@pytest.mark.parametrize("path", modules(), ids=lambda p: str(p.relative_to(ROOT)))
+def test_imports_go_one_way(path: Path) -> None:
+    here = room(path)
+    for name in imported(path):
+        if not name.startswith("pipeline.") or name.split(".")[1] == here:
+            continue
+        there = name.split(".")[1]
+        if not (ROOT / there).is_dir() and not (ROOT / f"{there}.py").is_file():
+            continue  # a public name of the package itself
+        below = layer(there) < layer(here) or (here, there) in WITHIN
+        same = layer(there) == layer(here) and here in {
+            "plan",
+            "batch",
+            "probe",
+            "embed",
+            "write",
+            "commit",
+            "results",
+            "verify",
+        }
+        assert below or same, f"{path.relative_to(ROOT)} imports {name}"
+
+
+@pytest.mark.parametrize("path", modules(), ids=lambda p: str(p.relative_to(ROOT)))
+def test_heavy_libraries_stay_in_their_rooms(path: Path) -> None:
+    for name in imported(path):
+        top = name.split(".")[0]
+        assert top not in HEAVY or room(path) in HEAVY[top], f"{path.relative_to(ROOT)} imports {top}"
+
+
+def test_siblings_do_not_import_each_other() -> None:
+    from pipeline.models import FAMILIES
+    from pipeline.outputs import OUTPUTS
+    from pipeline.read import SOURCES
+
+    groups = [set(FAMILIES.values()), {m for m, _ in OUTPUTS.values()}, {m for m, _ in SOURCES.values()}]
+    for group in groups:
+        for module in group:
+            path = ROOT.parent / (module.replace(".", "/") + ".py")
+            others = group - {module}
+            assert not others & set(imported(path)), f"{module} imports a sibling"
+
+
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "import pipeline",
+        "import pipeline.job",
+        "import pipeline.cli; pipeline.cli._parser()",
+        "import pipeline.results, pipeline.verify",
+    ],
+)
+def test_light_imports_load_neither_torch_nor_ray(statement: str) -> None:
+    code = f"{statement}; import sys; print([m for m in ('torch', 'ray', 'transformers') if m in sys.modules])"
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert ran.stdout.strip() == "[]"
+
+
+def test_every_module_says_what_it_does() -> None:
+    for path in modules():
+        assert ast.get_docstring(ast.parse(path.read_text())), f"{path} has no docstring"

@@ -1,0 +1,142 @@
+"""An output that was tampered with is found out, whatever was done to it."""
+
+from __future__ import annotations
+
+import base64
+import json
+import shutil
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from pipeline.commit import Output
+from pipeline.driver import run
+from pipeline.errors import InputError
+from pipeline.verify import verify
+from pipeline.write import is_intact
+from tests.small import make_checkpoint, make_shards, small_job
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("finished")
+    make_shards(folder / "in", shards=3, per_shard=8, broken=False)
+    checkpoint = make_checkpoint(folder / "checkpoint")
+    run(small_job(f"{folder}/in/*.tar", checkpoint, str(folder / "out")), "local")
+    other = small_job(f"{folder}/in/*.tar", checkpoint, str(folder / "other"), decode={"alpha": "drop"})
+    run(other, "local")
+    return folder
+
+
+@pytest.fixture
+def output(finished: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(finished / "out", tmp_path / "out"))
+
+
+def part(output: Path, index: int = 1) -> Path:
+    return sorted((output / "model=tiny").iterdir())[index]
+
+
+def test_an_untouched_output_is_fine(output: Path) -> None:
+    assert verify(Output.at(str(output))) == []
+
+
+def delete(output: Path, finished: Path) -> None:
+    part(output).unlink()
+
+
+def truncate(output: Path, finished: Path) -> None:
+    part(output).write_bytes(part(output).read_bytes()[:-100])
+
+
+def empty(output: Path, finished: Path) -> None:
+    part(output).write_bytes(b"")
+
+
+def flip_a_byte(output: Path, finished: Path) -> None:
+    data = bytearray(part(output).read_bytes())
+    data[len(data) // 3] ^= 1
+    part(output).write_bytes(data)
+
+
+def rewrite(path: Path, table: pa.Table) -> None:
+    """A well-formed file with the old footer's words, as a careful hand would make it."""
+    metadata = {k: v for k, v in pq.read_metadata(path).metadata.items() if k != b"ARROW:schema"}
+    pq.write_table(table.replace_schema_metadata(metadata), path)
+
+
+def remove_a_row(output: Path, finished: Path) -> None:
+    path = part(output)
+    rewrite(path, pq.ParquetFile(path).read().slice(1))
+
+
+def double_a_row(output: Path, finished: Path) -> None:
+    path = part(output)
+    table = pq.ParquetFile(path).read()
+    rewrite(path, pa.concat_tables([table, table.slice(0, 1)]))
+
+
+def duplicate_a_part(output: Path, finished: Path) -> None:
+    shutil.copy(part(output), part(output).with_name("part-000007-" + "0" * 16 + ".parquet"))
+
+
+def swap_two_parts(output: Path, finished: Path) -> None:
+    first, second = part(output, 0), part(output, 1)
+    a, b = first.read_bytes(), second.read_bytes()
+    first.write_bytes(b)
+    second.write_bytes(a)
+
+
+def add_a_part_of_another_run(output: Path, finished: Path) -> None:
+    shutil.copy(part(finished / "other"), output / "model=tiny")
+
+
+def replace_by_a_part_of_another_run(output: Path, finished: Path) -> None:
+    shutil.copy(part(finished / "other"), part(output))
+
+
+def forget_the_end(output: Path, finished: Path) -> None:
+    (output / "_SUCCESS").unlink()
+
+
+def forget_the_manifest(output: Path, finished: Path) -> None:
+    (output / "_manifest.parquet").unlink()
+
+
+def change_the_plan(output: Path, finished: Path) -> None:
+    shutil.copy(finished / "other" / "_plan.parquet", output / "_plan.parquet")
+
+
+TAMPERINGS = [
+    delete, truncate, empty, flip_a_byte, remove_a_row, double_a_row, duplicate_a_part, swap_two_parts,
+    add_a_part_of_another_run, replace_by_a_part_of_another_run, forget_the_end, forget_the_manifest, change_the_plan,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("tamper", TAMPERINGS, ids=lambda f: f.__name__)
+def test_tampering_is_found(output: Path, finished: Path, tamper: Callable[[Path, Path], None]) -> None:
+    tamper(output, finished)
+    assert verify(Output.at(str(output)))
+
+
+def test_any_changed_byte_of_a_part_is_found(output: Path) -> None:
+    data = part(output).read_bytes()
+    assert is_intact(data)
+    for position in range(0, len(data), 7):
+        assert not is_intact(data[:position] + bytes([data[position] ^ 0x20]) + data[position + 1 :]), position
+
+
+def test_the_footer_accounts_for_every_row(output: Path) -> None:
+    said = pq.read_metadata(part(output)).metadata
+    assert int(said[b"img2parquet.rows_in"]) == 8
+    assert json.loads(zlib.decompress(base64.b64decode(said[b"img2parquet.rejects"]))) == []
+    assert json.loads(said[b"img2parquet.about"])["dtype"] == "float32"
+
+
+def test_a_folder_that_is_no_output_is_said_to_be_none(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"_plan\.parquet"):
+        verify(Output.at(str(tmp_path)))
