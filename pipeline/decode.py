@@ -221,6 +221,7 @@ def _upright(rgb_HWC: Rgb, orientation: int) -> Rgb:
 
 
 _UNSUPPORTED_WORDS = ("unsupported", "not supported", "cannot handle", "unknown", "no loader", "codec not available")
+_TRUNCATED_WORDS = ("truncated", "but only got", "no more images")
 
 
 def _reason_of(error: Exception) -> Reason:
@@ -229,6 +230,6 @@ def _reason_of(error: Exception) -> Reason:
         return "too_many_pixels"
     if isinstance(error, NotImplementedError) or any(word in text for word in _UNSUPPORTED_WORDS):
         return "unsupported"
-    if isinstance(error, EOFError | struct.error) or "truncated" in text:
+    if isinstance(error, EOFError | struct.error) or any(word in text for word in _TRUNCATED_WORDS):
         return "truncated"
     return "corrupt_data"

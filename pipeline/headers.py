@@ -163,6 +163,8 @@ def check_container(kind: str, view: memoryview, max_pixels: int) -> None:
         check_size(*_webp_size(view), max_pixels)  # its plugin allocates two canvases when it opens
     elif kind == "AVIF":
         _check_length(kind, view, _boxes_end(view))
+    elif kind == "TIFF":
+        _check_length(kind, view, _directory_end(view))
 
 
 def _check_length(kind: str, view: memoryview, end: int) -> None:
@@ -212,6 +214,16 @@ def _boxes_end(view: memoryview) -> int:
     return position
 
 
+def _directory_end(view: memoryview) -> int:
+    """Where a TIFF's first directory ends; it often lies behind the pixels."""
+    order: Literal["little", "big"] = "little" if view[0] == ord("I") else "big"
+    is_big = 43 in view[2:4]
+    start = int.from_bytes(view[8:16] if is_big else view[4:8], order)
+    count_size, entry_size = (8, 20) if is_big else (2, 12)
+    count = int.from_bytes(view[start : start + count_size], order)
+    return start + count_size + entry_size * count
+
+
 # --- EXIF ------------------------------------------------------------------------------------------------------------
 
 ORIENTATION = 0x0112
@@ -225,7 +237,8 @@ def exif_orientation(tiff: bytes) -> int:
         return 1
     first = int.from_bytes(tiff[4:8], order)
     for index in range(int.from_bytes(tiff[first : first + 2], order)):
-        entry = tiff[first + 2 + 12 * index :][:12]
+        start = first + 2 + 12 * index
+        entry = tiff[start : start + 12]
         if len(entry) < 12:
             break
         tag, kind = int.from_bytes(entry[:2], order), int.from_bytes(entry[2:4], order)
