@@ -14,14 +14,14 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from pipeline.errors import AccessDenied, MissingDependency, NotFound, UnknownModel, nearest
 from pipeline.models.checkpoint import INDEX, WEIGHT_FILES, read_json
-from pipeline.storage import Entry, Store
+from pipeline.storage import Entry, Store, redact
 
 CONFIG, PREPROCESSOR = "config.json", "preprocessor_config.json"
 REPO = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(?:@(?P<revision>[\w./-]+))?")
@@ -35,7 +35,7 @@ class Found:
     source: str
 
 
-def find(model: str, storage_options: Mapping[str, object] | None = None, known: Iterable[str] = ()) -> Found:
+def find(model: str, storage_options: Mapping[str, object] | None = None, known: Collection[str] = ()) -> Found:
     """Local folder, URI of a folder, or `org/name@revision` -> its files. Raises UnknownModel with the nearest of
     `known` names and of the folder's neighbours, MissingDependency, StorageError."""
     path = Path(model.removeprefix("file://")).expanduser()
@@ -46,7 +46,7 @@ def find(model: str, storage_options: Mapping[str, object] | None = None, known:
     if "://" in model and not model.startswith("file://"):
         return _fetch(model, Store(dict(storage_options or {})))
     named = REPO.fullmatch(model)
-    if named and not _looks_local(model, path):
+    if named and (named["repo"] in set(known) or not _looks_local(model, path)):
         return _from_hub(named["repo"], named["revision"], known)
     raise _unknown(model, known)
 
@@ -61,11 +61,15 @@ def _looks_local(model: str, path: Path) -> bool:
     return model.startswith((".", "/", "~")) or path.parent.is_dir()
 
 
-def _unknown(model: str, known: Iterable[str]) -> UnknownModel:
+def _unknown(model: str, known: Collection[str]) -> UnknownModel:
     parent = Path(model.removeprefix("file://")).expanduser().parent
     siblings = [str(parent / p.name) for p in parent.iterdir() if (p / CONFIG).is_file()] if parent.is_dir() else []
     names = sorted([*known, *siblings])
-    hint = nearest(model, names) or "give a folder, a URI of a folder, or `org/name@revision`"
+    short = {name.rpartition("/")[-1]: name for name in names}
+    close = nearest(model, names) or nearest(model, short)
+    for name in short:
+        close = close.replace(f"`{name}`", f"`{short[name]}`")
+    hint = close or "give a folder, a URI of a folder, or `org/name@revision`"
     return UnknownModel(f"no model `{model}`: not a folder, nor a name on the hub", known=names, hint=hint)
 
 
@@ -76,8 +80,6 @@ def _fetch(uri: str, store: Store) -> Found:
     if not folder.is_dir():
         folder.parent.mkdir(parents=True, exist_ok=True)
         _fetch_into(folder, entries, store)
-    from pipeline.storage import redact
-
     return Found(folder, redact(uri))
 
 
@@ -111,7 +113,7 @@ def _fetch_into(folder: Path, entries: Mapping[str, Entry], store: Store) -> Non
         shutil.rmtree(half, ignore_errors=True)
 
 
-def _from_hub(repo: str, revision: str | None, known: Iterable[str]) -> Found:
+def _from_hub(repo: str, revision: str | None, known: Collection[str]) -> Found:
     hub = _huggingface_hub()
     config = _download(hub, repo, CONFIG, revision, known)
     if config is None:
@@ -124,7 +126,7 @@ def _from_hub(repo: str, revision: str | None, known: Iterable[str]) -> Found:
     return Found(config.parent, f"{repo}@{commit}")
 
 
-def _download_weights(hub: Any, repo: str, name: str, commit: str, known: Iterable[str]) -> bool:
+def _download_weights(hub: Any, repo: str, name: str, commit: str, known: Collection[str]) -> bool:
     if _download(hub, repo, name, commit, known):
         return True
     index = _download(hub, repo, name + INDEX, commit, known)
@@ -134,7 +136,7 @@ def _download_weights(hub: Any, repo: str, name: str, commit: str, known: Iterab
     return all(_download(hub, repo, shard, commit, known) for shard in sorted(shards))
 
 
-def _download(hub: Any, repo: str, name: str, revision: str | None, known: Iterable[str]) -> Path | None:
+def _download(hub: Any, repo: str, name: str, revision: str | None, known: Collection[str]) -> Path | None:
     """One file of a repository, from the cache or the network; None where the repository does not have it."""
     errors = hub.errors
     try:
@@ -143,7 +145,7 @@ def _download(hub: Any, repo: str, name: str, revision: str | None, known: Itera
         if name != CONFIG:
             return None
         at = f" --revision {revision}" if revision else ""
-        hint = f"fetch it where there is a network: `hf download {repo}{at}`" + _or_nearest(repo, known)
+        hint = f"fetch it where there is a network: `hf download {repo}{at}`; or " + _otherwise(repo, known)
         raise UnknownModel(f"`{repo}` is not in the hub's cache, and the hub cannot be reached", hint=hint) from None
     except errors.EntryNotFoundError:
         return None
@@ -162,9 +164,9 @@ def _download(hub: Any, repo: str, name: str, revision: str | None, known: Itera
         ) from None
 
 
-def _or_nearest(repo: str, known: Iterable[str]) -> str:
-    known = list(known)
-    return "" if repo in known or not nearest(repo, known) else "; or " + nearest(repo, known)
+def _otherwise(repo: str, known: Collection[str]) -> str:
+    rehearse = "for a rehearsal without its weights, `weights: random(0)`"
+    return rehearse if repo in known else nearest(repo, known) or "check the spelling"
 
 
 def _huggingface_hub() -> Any:

@@ -11,7 +11,6 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast, get_args
 
 import numpy as np
@@ -19,12 +18,11 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from pipeline import preprocess as pre
 from pipeline.errors import CheckpointError, InputError, OutputUnavailable, UnknownModel, nearest
 from pipeline.models import FAMILIES, Backbone, Card, Family, Published
 from pipeline.models.checkpoint import RandomWeights, Weights, label_names, read_json, weight_files
 from pipeline.models.hub import CONFIG, PREPROCESSOR, find
-from pipeline.preprocess import PreprocessSettings
+from pipeline.preprocess import Preprocessor, PreprocessSettings, normalize_on_device, read_settings
 from pipeline.schema import Bad, Pixels
 
 if TYPE_CHECKING:
@@ -69,7 +67,7 @@ class Model:
         self._refuse_other_sizes(pixels_BHWC)
         extra = {name: torch.as_tensor(value).to(self.device) for name, value in inputs.items()}
         with torch.inference_mode():
-            x_BCHW = pre.normalize_on_device(pixels_BHWC, self.card.preprocess, self.dtype)
+            x_BCHW = normalize_on_device(pixels_BHWC, self.card.preprocess, self.dtype)
             features = self.backbone(x_BCHW, wants, **extra)
             return {name: features[name].float() for name in sorted(wants)}
 
@@ -78,7 +76,7 @@ class Model:
         for name in sorted(wants - self.card.gives.keys()):
             message = f"`{self.card.name}` ({self.card.source}) cannot give `{name}`"
             hint = nearest(name, self.card.gives) or "ask for one of these, or take a checkpoint that has it"
-            raise OutputUnavailable(message, known=self.card.gives, hint=hint)
+            raise OutputUnavailable(message, known=_in_short(self.card.gives), hint=hint)
 
     def _refuse_other_sizes(self, pixels_BHWC: Tensor) -> None:
         height, width = self.card.preprocess.size_HW
@@ -91,8 +89,8 @@ class Model:
             raise InputError(f"`{self.card.name}` takes uint8 crops (batch, {height}, {width}, channels), not {got}")
 
     @cached_property
-    def _preprocessor(self) -> pre.Preprocessor:
-        return pre.Preprocessor(self.card.preprocess)
+    def _preprocessor(self) -> Preprocessor:
+        return Preprocessor(self.card.preprocess)
 
     def _crop(self, index: int, image: Image.Image | UInt8s) -> UInt8s:
         crop = self._preprocessor(Pixels(_rgb(index, image)))
@@ -192,9 +190,12 @@ def open_checkpoint(
     found = find(model, storage_options, repos)
     config = read_json(found.folder / CONFIG)
     family = family_of(config, found.source)
+    channels = config.get("num_channels", 3)
+    if channels != 3:
+        raise CheckpointError(f"{found.source}: {CONFIG}: num_channels: `{channels}`, but images are read as RGB")
     written = found.folder / PREPROCESSOR
     preprocess = _preprocess(family, config, read_json(written) if written.is_file() else None, image_size)
-    return Opened(name, found.source, family, config, preprocess, weight_files(Path(found.folder)))
+    return Opened(name, found.source, family, config, preprocess, weight_files(found.folder))
 
 
 def published() -> list[tuple[Family, Published]]:
@@ -244,7 +245,7 @@ def _preprocess(
         image_size = config.get("image_size")
     if isinstance(image_size, list):
         image_size = (image_size[0], image_size[1])
-    return pre.read_settings(written, family.PROCESSOR, image_size)
+    return read_settings(written, family.PROCESSOR, image_size)
 
 
 def _rehearsal(model: str, name: str, image_size: int | tuple[int, int] | None, seed: int) -> Opened:
@@ -268,9 +269,32 @@ def _seed(weights: str) -> int:
     return int(match[1])
 
 
+def _in_short(names: Iterable[str]) -> list[str]:
+    """Names as they are, but runs of `tokens:0`, `tokens:1`, ... as one."""
+    counts: dict[str, list[str]] = {}
+    for name in names:
+        stem, _, number = name.rpartition(":")
+        counts.setdefault(stem if number.isdigit() else name, []).append(name)
+    return [found[0] if len(found) == 1 else f"{found[0]} ... {found[-1]}" for found in counts.values()]
+
+
 def _rgb(index: int, image: Image.Image | UInt8s) -> UInt8s:
+    """As a job's `decode` does it: upright, transparency on white."""
     if not isinstance(image, np.ndarray):
-        return np.asarray(image.convert("RGB"))
+        return _rgb_of_pil(index, image)
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
         raise InputError(f"images[{index}]: {image.dtype} {image.shape} is not a uint8 (height, width, 3) array")
     return image
+
+
+def _rgb_of_pil(index: int, image: Image.Image) -> UInt8s:
+    from PIL import Image as PILImage
+    from PIL import ImageOps
+
+    if image.mode in ("I", "F") or image.mode.startswith("I;16"):
+        message = f"images[{index}]: mode {image.mode} has more than 8 bits, of a range that is not known"
+        raise InputError(message, hint="scale it to 8 bits first")
+    image = ImageOps.exif_transpose(image)
+    if image.has_transparency_data:
+        image = PILImage.alpha_composite(PILImage.new("RGBA", image.size, "white"), image.convert("RGBA"))
+    return np.asarray(image.convert("RGB"))
