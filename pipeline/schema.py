@@ -25,6 +25,7 @@ Reason = Literal[
     "too_many_pixels",  # the header says more than `max_pixels`
     "aspect_ratio",  # the resized image would be too large
     "unsupported",  # an image, of a kind that we do not decode (12-bit JPEG, HEIC, float TIFF)
+    "no_key",  # the column that names the row is null or empty there
     "duplicate_key",  # a second row with a key that its part already has
     "not_found",  # a table names an object that is not there
     "shard_damaged",  # bytes of a shard that could not be read as rows

@@ -1,0 +1,77 @@
+"""A gzip stream to the bytes inside, however large they are, and what broke it off.
+
+Python's own reader drops what it had inflated when a checksum or the stream's end is wrong; here it is kept, and
+the fault is told. Several members in a row are one stream.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Generator, Iterator
+
+from pipeline.read.byte_source import ChunkBytes
+
+MAGIC = b"\x1f\x8b"
+INPUT_BYTES = 64 << 10  # what an error inside the deflate stream can cost of the good bytes before it
+OUTPUT_BYTES = 1 << 20
+EXTRA, NAME, COMMENT, CHECKSUM = 4, 8, 16, 2
+
+
+class GzipBytes(ChunkBytes):
+    """A ByteSource of the decompressed bytes; `fault` is set when they end early or their checksum is wrong."""
+
+    def __init__(self, chunks: Iterator[bytes]) -> None:
+        self.compressed = ChunkBytes(chunks)
+        super().__init__(self._inflate())
+
+    def _inflate(self) -> Iterator[bytes]:
+        while True:
+            fault = yield from self._inflate_member()
+            if fault:
+                self.fault = f"{fault} at byte {self.compressed.position} of the compressed file"
+                return
+            if not self._more_members():
+                return
+
+    def _inflate_member(self) -> Generator[bytes, None, str]:
+        if not self._read_header():
+            return "the gzip header is damaged"
+        inflater, checksum, size_bytes = zlib.decompressobj(-zlib.MAX_WBITS), 0, 0
+        while not inflater.eof:
+            data = inflater.unconsumed_tail or self.compressed.take(INPUT_BYTES)
+            try:
+                inflated = inflater.decompress(data, OUTPUT_BYTES)
+            except zlib.error:
+                return "the gzip stream is damaged"
+            if not data and not inflated and not inflater.eof:
+                return "the gzip stream ends early"
+            checksum, size_bytes = zlib.crc32(inflated, checksum), size_bytes + len(inflated)
+            if inflated:
+                yield inflated
+        self.compressed.unread(inflater.unused_data)
+        trailer = self.compressed.take(8)
+        right = checksum.to_bytes(4, "little") + (size_bytes & 0xFFFFFFFF).to_bytes(4, "little")
+        return "" if trailer == right else "the gzip checksum does not match: bytes before it may be wrong"
+
+    def _read_header(self) -> bool:
+        header = self.compressed.take(10)
+        if len(header) < 10 or header[:3] != MAGIC + b"\x08":
+            return False
+        if header[3] & EXTRA:
+            self.compressed.skip(int.from_bytes(self.compressed.take(2), "little"))
+        for flag in (NAME, COMMENT):
+            if header[3] & flag:
+                while self.compressed.take(1) not in (b"\0", b""):
+                    pass
+        if header[3] & CHECKSUM:
+            self.compressed.skip(2)
+        return True
+
+    def _more_members(self) -> bool:
+        """Whether something follows this member but zeros, with which some writers pad."""
+        while True:
+            data = self.compressed.take(INPUT_BYTES)
+            rest = data.lstrip(b"\0")
+            if rest or not data:
+                self.compressed.unread(rest)
+                return bool(rest)

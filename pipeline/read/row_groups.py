@@ -1,0 +1,182 @@
+"""What the sources that read Parquet share: footers to pieces, a row range to record batches, columns by name."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import BinaryIO
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipeline.errors import Img2ParquetError, InputError, nearest
+from pipeline.read import PartLimits
+from pipeline.read.fetch import fetch_in_order
+from pipeline.read.keep import Kept
+from pipeline.schema import Piece
+from pipeline.storage import Entry, Store, redact
+
+FOOTERS_AT_ONCE = 16
+BUFFER_BYTES = 1 << 20
+BATCH_BYTES = 32 << 20
+MAX_BATCH_ROWS = 1024
+# what pyarrow raises for bytes that are not Parquet; a store's errors are ours and pass through it
+UNREADABLE = (pa.ArrowException, OSError, ValueError, TypeError, IndexError, OverflowError)
+
+
+@dataclass(frozen=True, slots=True)
+class Footer:
+    """What planning needs of a file: its columns, and for each row group the rows and bytes of one column."""
+
+    entry: Entry
+    schema: pa.Schema
+    groups: tuple[tuple[int, int], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class BrokenRows:
+    """Rows [first, stop) of a file whose pages could not be read."""
+
+    first: int
+    stop: int
+    message: str
+
+
+def read_footers(store: Store, entries: Iterable[Entry], column: str) -> Iterator[Footer]:
+    """In the entries' order, many at a time. Raises InputError for a file that is no Parquet."""
+    for _, footer in fetch_in_order(entries, partial(_read_footer, store, column), FOOTERS_AT_ONCE):
+        yield footer
+
+
+def _read_footer(store: Store, column: str, entry: Entry) -> Footer:
+    with store.open(entry.uri, expect=entry) as file:
+        parquet = open_parquet(file, entry.uri)
+        metadata = parquet.metadata
+        names = [metadata.schema.column(i).path for i in range(metadata.num_columns)]
+        leaves = [i for i, name in enumerate(names) if name == column or name.startswith(f"{column}.")]
+        groups = [metadata.row_group(i) for i in range(metadata.num_row_groups)]
+        sizes = [sum(group.column(i).total_uncompressed_size for i in leaves) for group in groups]
+        rows = [group.num_rows for group in groups]
+        return Footer(entry, parquet.schema_arrow, tuple(zip(rows, sizes, strict=True)))
+
+
+def open_parquet(file: BinaryIO, uri: str) -> pq.ParquetFile:
+    """Without read-ahead of whole column chunks, so that memory is bounded. Raises InputError."""
+    try:
+        return pq.ParquetFile(file, pre_buffer=False, buffer_size=BUFFER_BYTES)
+    except Img2ParquetError:
+        raise
+    except UNREADABLE as error:
+        raise InputError(
+            f"{redact(uri)}: cannot be read as Parquet: {_first_line(error)}",
+            hint="is the file whole? upload it again, or take it out of `input.uris`",
+        ) from None
+
+
+def pieces_of(footer: Footer, limits: PartLimits) -> Iterator[Piece]:
+    """One piece for each row group; several of equal length where one alone is above the limits."""
+    entry, first = footer.entry, 0
+    for rows, size_bytes in footer.groups:
+        count = max(-(-rows // limits.rows), -(-size_bytes // limits.size_bytes))
+        cuts = [rows * i // count for i in range(count + 1)] if rows else []
+        for start, stop in itertools.pairwise(cuts):
+            share = size_bytes * stop // rows - size_bytes * start // rows
+            if stop > start:
+                yield Piece(entry.uri, share, entry.etag, first + start, first + stop, stop - start)
+        first += rows
+
+
+def read_rows(
+    parquet: pq.ParquetFile, start: int, stop: int, columns: Sequence[str]
+) -> Iterator[tuple[int, pa.RecordBatch] | BrokenRows]:
+    """Rows [start, stop) of a file as (number of the first row, batch), in bounded memory; what is damaged in a row
+    group costs the rest of that group."""
+    first = 0
+    for group in range(parquet.num_row_groups):
+        rows = parquet.metadata.row_group(group).num_rows
+        low, high = max(start, first), min(stop, first + rows)
+        if low < high:
+            at = low
+            try:
+                for batch in _batches(parquet, group, columns, low - first, high - first):
+                    yield at, batch
+                    at += batch.num_rows
+            except Img2ParquetError:
+                raise
+            except UNREADABLE as error:
+                yield BrokenRows(at, high, f"row group {group} cannot be read: {_first_line(error)}")
+            else:
+                if at < high:
+                    yield BrokenRows(at, high, f"row group {group} holds fewer rows than it says")
+        first += rows
+
+
+def _batches(
+    parquet: pq.ParquetFile, group: int, columns: Sequence[str], low: int, high: int
+) -> Iterator[pa.RecordBatch]:
+    """Rows [low, high) of one row group."""
+    metadata = parquet.metadata.row_group(group)
+    row_bytes = max(1, metadata.total_byte_size // max(1, metadata.num_rows))
+    batch_rows = max(1, min(MAX_BATCH_ROWS, BATCH_BYTES // row_bytes))
+    at = 0
+    for batch in parquet.iter_batches(batch_rows, row_groups=[group], columns=list(columns), use_threads=False):
+        begin, end = max(low - at, 0), min(high - at, batch.num_rows)
+        if begin < end:
+            yield batch.slice(begin, end - begin)
+        at += batch.num_rows
+        if at >= high:
+            return
+
+
+def find_column(schema: pa.Schema, name: str, uri: str, setting: str) -> pa.Field:
+    """Raises InputError that names the columns and the nearest."""
+    if schema.names.count(name) != 1:
+        problem = "no column" if name not in schema.names else "more than one column"
+        hint = nearest(name, schema.names) or f"set `input.{setting}`"
+        raise InputError(f"{redact(uri)}: {problem} `{name}`", known=schema.names, hint=hint)
+    return schema.field(name)
+
+
+def kept_fields(kept: Sequence[Kept], schema: pa.Schema, uri: str) -> list[pa.Field]:
+    """The passthrough columns: of the named type, or the file's own."""
+    fields = []
+    for column in kept:
+        own = find_column(schema, column.name, uri, "keep")
+        fields.append(column.field() if column.type_name else pa.field(column.name, _plain(own.type), nullable=True))
+    return fields
+
+
+def check_same_fields(first: Footer, other: Footer, kept: Sequence[Kept]) -> None:
+    """Raises InputError that names both files."""
+    ours, theirs = (kept_fields(kept, footer.schema, footer.entry.uri) for footer in (first, other))
+    for our, their in zip(ours, theirs, strict=True):
+        if our.type != their.type:
+            raise InputError(
+                f"column `{our.name}` is {our.type} in {redact(first.entry.uri)} and {their.type} in "
+                f"{redact(other.entry.uri)}",
+                hint=f"say which type is wanted: keep: [{our.name}:string]",
+            )
+
+
+def is_text(kind: pa.DataType) -> bool:
+    kind = _plain(kind)
+    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind))
+
+
+def _plain(kind: pa.DataType) -> pa.DataType:
+    if isinstance(kind, pa.BaseExtensionType):
+        return _plain(kind.storage_type)
+    return kind.value_type if pa.types.is_dictionary(kind) else kind
+
+
+def to_values(column: pa.Array) -> list[object]:
+    """Python values of a column, of what an extension type is stored as."""
+    stored = column.storage if isinstance(column, pa.ExtensionArray) else column
+    values: list[object] = stored.to_pylist()
+    return values
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:300]

@@ -1,0 +1,127 @@
+"""What every source's settings share: URIs, kept columns, the store behind them, and how a part fails.
+
+A source never holds a secret: its settings are written to `_run.json` and pickled to every worker.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, JsonValue, field_validator
+
+from pipeline.errors import InputError, NotFound, PartFailed, StorageError
+from pipeline.read.keep import Kept, parse_keep
+from pipeline.schema import Piece
+from pipeline.storage import Entry, Store, redact, resolve
+
+# what is offered to decode, which looks at the bytes: a HEIC file becomes a reject there, not a file that nobody saw
+IMAGE_EXTENSIONS = frozenset(
+    {"jpg", "jpeg", "jpe", "jfif", "png", "apng", "webp", "gif", "bmp", "dib", "tif", "tiff", "avif", "avifs"}
+    | {"heic", "heif", "jp2", "jxl", "ppm", "pgm", "pbm", "pnm"}
+)
+SECRET = re.compile(
+    r"(^|_)(key|secret|token|passwd|password|credentials?|sas|sig)(_|$)|connection_string", re.IGNORECASE
+)
+CHANGED_HINT = "the plan is frozen: put the input back as it was, or start a new run in another output folder"
+
+
+def _refuse_secrets(options: dict[str, JsonValue]) -> dict[str, JsonValue]:
+    for name in _names_in(options):
+        if SECRET.search(name):
+            raise ValueError(
+                f"storage_options names `{name}`: secrets would be written into the run's record; "
+                "set them in the environment (AWS_ACCESS_KEY_ID, AWS_PROFILE, ...) of the driver and the workers"
+            )
+    Store(options=options)  # which refuses what no filesystem knows
+    return options
+
+
+StorageOptions = Annotated[dict[str, JsonValue], AfterValidator(_refuse_secrets)]  # of an input or an output
+
+
+class SourceSettings(BaseModel):
+    """The fields that every input format has."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    uris: tuple[str, ...] = Field(
+        min_length=1, description="Files or folders: paths or URIs, with globs and ranges such as {000..127}"
+    )
+    keep: tuple[str, ...] = Field(
+        default=(),
+        description="Columns to carry through to the results: `name` or `name:type` (string, int64, float64, bool)",
+    )
+    storage_options: StorageOptions = Field(
+        default_factory=dict,
+        description="Options of the input's filesystem (endpoint_url, profile, anon, ...); secrets belong in the "
+        "environment",
+    )
+
+    @field_validator("uris")
+    @classmethod
+    def _make_absolute(cls, uris: tuple[str, ...]) -> tuple[str, ...]:
+        """A worker may run in another folder than the command that was given a relative path."""
+        if not all(uri.strip() for uri in uris):
+            raise ValueError("an empty URI names nothing")
+        return tuple(resolve(str(Path(uri).expanduser()) if uri.startswith("~") else uri) for uri in uris)
+
+    @field_validator("keep")
+    @classmethod
+    def _check_keep(cls, keep: tuple[str, ...]) -> tuple[str, ...]:
+        parse_keep(keep)
+        return keep
+
+    @property
+    def kept(self) -> tuple[Kept, ...]:
+        return parse_keep(self.keep)
+
+    @property
+    def store(self) -> Store:
+        return Store(options=self.storage_options)
+
+
+def _names_in(options: Mapping[str, JsonValue]) -> Iterator[str]:
+    for name, value in options.items():
+        yield name
+        if isinstance(value, dict):
+            yield from _names_in(value)
+
+
+@contextmanager
+def input_exists() -> Iterator[None]:
+    """While planning, what is not there is a mistake in the job; what the store refuses is not."""
+    try:
+        yield
+    except NotFound as error:
+        raise InputError(error.message, known=error.known, hint=error.hint) from error
+
+
+@contextmanager
+def part_fails(uri: str) -> Iterator[None]:
+    """While reading, turns what the store says about `uri` into PartFailed: the other parts go on."""
+    try:
+        yield
+    except NotFound as error:
+        raise PartFailed(f"{redact(uri)} is gone since the plan was made", hint=CHANGED_HINT) from error
+    except StorageError as error:
+        raise PartFailed(error.message, known=error.known, hint=error.hint or CHANGED_HINT) from error
+
+
+def entry_of_whole(piece: Piece) -> Entry:
+    """What the store must still have for a piece that is a whole file."""
+    return Entry(piece.uri, piece.size_bytes, piece.etag)
+
+
+def entry_of_slice(store: Store, piece: Piece, end: int | None = None) -> Entry:
+    """The same for a slice, whose size is not the file's; `end` is where it ends in bytes. Raises PartFailed."""
+    entry = store.stat(piece.uri)
+    if entry.etag != piece.etag or (end or 0) > entry.size_bytes:
+        raise PartFailed(
+            f"{redact(piece.uri)} changed since the plan was made: its etag was `{piece.etag}` and is `{entry.etag}`",
+            hint=CHANGED_HINT,
+        )
+    return entry
