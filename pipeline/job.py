@@ -18,6 +18,7 @@ from pipeline.errors import JobError, nearest
 from pipeline.models import Card
 from pipeline.outputs import OUTPUTS, Output
 from pipeline.read import SOURCES, Source
+from pipeline.read.settings import StorageOptions
 from pipeline.schema import RESERVED_COLUMNS
 
 RESULT_VERSION = 1  # raised by hand when the same job would give other numbers
@@ -89,7 +90,7 @@ class OutputJob(Settings):
 
     uri: str = Field(min_length=1, description="Folder or prefix of the results")
     rows_per_part: int = Field(default=16_384, ge=1, description="At most so many images in one part file")
-    storage_options: dict[str, str | int | bool] = Field(
+    storage_options: StorageOptions = Field(
         default_factory=dict, description="Options of the output's filesystem (endpoint_url, profile, ...); no secrets"
     )
 
@@ -238,7 +239,7 @@ def _class_at(loc: Iterable[Any]) -> type[BaseModel]:
 def json_schema() -> dict[str, Any]:
     """The job file's JSON Schema, for editors."""
     schema = JobSpec.model_json_schema()
-    return {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": "img2parquet job", **schema}
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema, "title": "img2parquet job"}
 
 
 # ---- run identity ------------------------------------------------------------------------------------------------

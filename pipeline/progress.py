@@ -15,9 +15,9 @@ PLAIN_EVERY_S = 10.0
 class Progress:
     """Called with the tally whenever it changes, from any thread; prints to stderr."""
 
-    def __init__(self, stream: TextIO = sys.stderr) -> None:
-        self.stream = stream
-        self.live = stream.isatty()
+    def __init__(self, stream: TextIO | None = None) -> None:
+        self.stream = stream or sys.stderr
+        self.live = self.stream.isatty()
         self.lock = threading.Lock()
         self.printed_at = 0.0
         self.printed_parts = -1

@@ -19,6 +19,7 @@ LAYERS = [
     {"errors"},
     {"schema"},
     {"storage"},
+    {"headers"},  # what an image's first bytes say
     {"read", "decode", "preprocess", "models", "outputs"},
     {"job"},
     {"plan", "batch", "probe"},
