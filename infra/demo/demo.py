@@ -77,7 +77,7 @@ def show_accuracy() -> None:
 
 def accuracy(table: pa.Table) -> float:
     rows = table.to_pylist()
-    right = sum(bool(row["labels"]) and row["labels"][0]["name"] == row["label"] for row in rows)
+    right: int = sum(bool(row["labels"]) and row["labels"][0]["name"] == row["label"] for row in rows)
     return right / len(rows)
 
 

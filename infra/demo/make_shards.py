@@ -93,9 +93,13 @@ def complete_manifest(folder: Path, recipe: Recipe) -> dict[str, Any] | None:
 
 def made_from(recipe: Recipe) -> dict[str, Any]:
     """Everything that the shards' bytes depend on."""
-    photos = hashlib.sha256("".join(photo.sha256() for photo in PHOTOS).encode()).hexdigest()
     versions = {"pillow": PIL.__version__, "numpy": np.__version__}
-    return {"recipe": RECIPE, **asdict(recipe), **versions, "photos": photos}
+    return {"recipe": RECIPE, **asdict(recipe), **versions, "photos": photos_hash()}
+
+
+def photos_hash() -> str:
+    """Over the photos' files and over how each is cut."""
+    return hashlib.sha256("".join(f"{photo} {photo.sha256()}" for photo in PHOTOS).encode()).hexdigest()
 
 
 def all_samples(recipe: Recipe) -> Iterator[Sample]:

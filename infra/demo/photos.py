@@ -68,9 +68,9 @@ class Photo:
 
 
 PHOTOS = (
-    Photo("astronaut", "skimage", "data/astronaut.png", "bottom_left"),
+    Photo("astronaut", "skimage", "data/astronaut.png", "top_left"),
     Photo("brick", "skimage", "data/brick.png", "top_right"),
-    Photo("cameraman", "skimage", "data/camera.png", "bottom_right"),
+    Photo("cameraman", "skimage", "data/camera.png", "top_left"),
     Photo("cat", "skimage", "data/chelsea.png", "bottom_right"),
     Photo("coffee", "skimage", "data/coffee.png", "bottom_left"),
     Photo("coins", "skimage", "data/coins.png", "bottom_right"),
@@ -78,11 +78,11 @@ PHOTOS = (
     Photo("gravel", "skimage", "data/gravel.png", "bottom_left"),
     Photo("galaxies", "skimage", "data/hubble_deep_field.jpg", "bottom_right"),
     Photo("tissue", "skimage", "data/ihc.png", "bottom_right"),
-    Photo("moon", "skimage", "data/moon.png", "top_left"),
+    Photo("moon", "skimage", "data/moon.png", "top_right"),
     Photo("motorcycle", "skimage", "data/motorcycle_left.png", "bottom_right"),
     Photo("retina", "skimage", "data/retina.jpg", "top_right", shrink=2),
     Photo("rocket", "skimage", "data/rocket.jpg", "bottom_right"),
-    Photo("pagoda", "sklearn", "datasets/images/china.jpg", "bottom_left"),
+    Photo("pagoda", "sklearn", "datasets/images/china.jpg", "top_left"),
     Photo("flower", "sklearn", "datasets/images/flower.jpg", "bottom_right"),
 )
 NAMES = tuple(photo.name for photo in PHOTOS)

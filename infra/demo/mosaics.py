@@ -1,0 +1,142 @@
+"""Photos of textures -> mosaics with their truth: every pixel knows which texture it was cut from.
+
+A mosaic is a Voronoi diagram of a few seeds, each cell filled from one texture's train or held-out region.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import io
+import json
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+import PIL
+from make_shards import encode, photos_hash, tar
+from photos import PHOTOS, Box, Photo, held_out_box, train_boxes
+from PIL import Image
+
+TEXTURES = ("brick", "grass", "gravel", "coins", "galaxies", "tissue", "cat", "flower")
+SIZE = 128
+RECIPE = 1  # counted up when the bytes change
+MANIFEST = "manifest.json"  # written last: a folder that has it is complete
+
+Region = Literal["train", "held_out"]
+Pixels = npt.NDArray[np.uint8]
+
+
+class Mosaics:
+    """Draws mosaics: `mosaics(draw, size)` -> an RGB image (size, size, 3) and its truth (size, size), class ids."""
+
+    def __init__(self, region: Region) -> None:
+        photos = [next(photo for photo in PHOTOS if photo.name == name) for name in TEXTURES]
+        self.images = [photo.pixels() for photo in photos]
+        self.boxes = [boxes(photo, image, region) for photo, image in zip(photos, self.images, strict=True)]
+
+    def __call__(self, draw: np.random.Generator, size: int = SIZE) -> tuple[Pixels, Pixels]:
+        cells_HW = voronoi(draw, size, cells=int(draw.integers(2, 6)))
+        textures = draw.permutation(len(TEXTURES))[: cells_HW.max() + 1].astype(np.uint8)
+        truth_HW = textures[cells_HW]
+        mosaic_HWC = np.zeros((size, size, 3), np.uint8)
+        for texture in textures.tolist():
+            inside_HW = truth_HW == texture
+            mosaic_HWC[inside_HW] = self.patch(texture, draw, size)[inside_HW]
+        return mosaic_HWC, truth_HW
+
+    def patch(self, texture: int, draw: np.random.Generator, size: int) -> Pixels:
+        """A square of the texture, `size` pixels wide, in one of eight positions."""
+        roomy = [box for box in self.boxes[texture] if min(box.width, box.height) >= size]
+        box = roomy[int(draw.integers(len(roomy)))]
+        left = box.left + int(draw.integers(0, box.width - size + 1))
+        top = box.top + int(draw.integers(0, box.height - size + 1))
+        square_HWC = self.images[texture][top : top + size, left : left + size]
+        if draw.random() < 0.5:
+            square_HWC = square_HWC[:, ::-1]
+        return square_HWC
+
+
+def boxes(photo: Photo, image_HWC: Pixels, region: Region) -> tuple[Box, ...]:
+    height, width, _ = image_HWC.shape
+    return train_boxes(photo, width, height) if region == "train" else (held_out_box(photo, width, height),)
+
+
+def voronoi(draw: np.random.Generator, size: int, cells: int) -> npt.NDArray[np.int64]:
+    """Which of `cells` random points each pixel is nearest to; every cell has pixels."""
+    points = draw.choice(size * size, cells, replace=False)
+    rows_1N, columns_1N = points // size, points % size
+    y_HW1, x_HW1 = np.mgrid[:size, :size][..., None]
+    nearest_HW: npt.NDArray[np.int64] = ((y_HW1 - rows_1N) ** 2 + (x_HW1 - columns_1N) ** 2).argmin(axis=2)
+    return nearest_HW
+
+
+def make_mosaics(folder: Path, count: int = 256, seed: int = 2024) -> dict[str, Any]:
+    """`mosaics-00.tar` of held-out mosaics as JPEGs and `truth/<key>.png` -> the manifest; kept when complete."""
+    made_from: dict[str, Any] = {
+        "recipe": RECIPE,
+        "count": count,
+        "seed": seed,
+        "size": SIZE,
+        "textures": list(TEXTURES),
+    }
+    made_from |= {"pillow": PIL.__version__, "numpy": np.__version__, "photos": photos_hash()}
+    kept = complete_manifest(folder, made_from)
+    if kept is not None:
+        return kept | {"made": False}
+    (folder / "truth").mkdir(parents=True, exist_ok=True)
+    (folder / MANIFEST).unlink(missing_ok=True)
+    mosaics, members = Mosaics("held_out"), []
+    for index in range(count):
+        mosaic_HWC, truth_HW = mosaics(np.random.default_rng([seed, index]), SIZE)
+        members.append((f"mosaic-{index:04d}.jpg", encode(Image.fromarray(mosaic_HWC), quality=92)))
+        (folder / "truth" / f"mosaic-{index:04d}.png").write_bytes(png(truth_HW))
+    data = tar(members)
+    (folder / "mosaics-00.tar").write_bytes(data)
+    manifest = {"made_from": made_from, "tar": hashlib.sha256(data).hexdigest()}
+    (folder / MANIFEST).write_text(json.dumps(manifest, indent=1))
+    return manifest | {"made": True}
+
+
+def complete_manifest(folder: Path, made_from: dict[str, Any]) -> dict[str, Any] | None:
+    try:
+        manifest: dict[str, Any] = json.loads((folder / MANIFEST).read_text())
+        found = hashlib.sha256((folder / "mosaics-00.tar").read_bytes()).hexdigest()
+    except (OSError, ValueError):
+        return None
+    return manifest if manifest.get("made_from") == made_from and manifest.get("tar") == found else None
+
+
+def png(truth_HW: Pixels) -> bytes:
+    file = io.BytesIO()
+    Image.fromarray(truth_HW).save(file, "PNG")
+    return file.getvalue()
+
+
+class Confusion:
+    """Pixels counted by truth and answer, and the mean over classes of intersection by union."""
+
+    def __init__(self) -> None:
+        self.counts_KK = np.zeros((len(TEXTURES), len(TEXTURES)), np.int64)
+
+    def add(self, truth_HW: Pixels, answer_HW: Pixels) -> None:
+        pairs = truth_HW.astype(np.int64) * len(TEXTURES) + answer_HW
+        self.counts_KK += np.bincount(pairs.ravel(), minlength=self.counts_KK.size).reshape(self.counts_KK.shape)
+
+    def mean_iou(self) -> float:
+        both_K = np.diag(self.counts_KK)
+        either_K = self.counts_KK.sum(axis=0) + self.counts_KK.sum(axis=1) - both_K
+        return float((both_K / np.maximum(either_K, 1)).mean())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="make the demo's held-out mosaics")
+    parser.add_argument("folder", type=Path)
+    given = parser.parse_args()
+    manifest = make_mosaics(given.folder)
+    print(f"{manifest['made_from']['count']} mosaics {'made' if manifest['made'] else 'kept'} in {given.folder}")
+
+
+if __name__ == "__main__":
+    main()
