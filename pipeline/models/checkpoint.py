@@ -171,9 +171,8 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def num_labels(config: Mapping[str, Any]) -> int:
     """How many classes config.json names; the reference's default is 2."""
-    names = config.get("id2label")
-    if isinstance(names, Mapping):
-        return len(names)
+    if isinstance(config.get("id2label"), Mapping):
+        return len(label_names(config))
     count = config.get("num_labels", 2)
     if not isinstance(count, int) or isinstance(count, bool) or count < 0:
         raise CheckpointError(f"config.json: num_labels: `{count}` is not a count")

@@ -538,7 +538,9 @@ def _check_numbers(s: Settings) -> None:
     for name in ("num_channels", "kernel_size", "stride"):
         if type(getattr(s, name)) is not int or getattr(s, name) < 1:
             raise CheckpointError(f"config.json: {name}: `{getattr(s, name)}` is not a positive number")
-    for name in ("hidden_sizes", "num_attention_heads", "depths", "key_dim", "mlp_ratio", "attention_ratio"):
+    if type(s.padding) is not int or s.padding < 0:
+        raise CheckpointError(f"config.json: padding: `{s.padding}` is not a whole number from 0")
+    for name in ("depths", "hidden_sizes", "num_attention_heads", "key_dim", "mlp_ratio", "attention_ratio"):
         values, least = getattr(s, name), 0 if name in ("mlp_ratio", "depths") else 1
         if not isinstance(values, tuple) or not all(type(value) is int and value >= least for value in values):
             raise CheckpointError(f"config.json: {name}: `{values}` is not a list of whole numbers from {least}")
