@@ -10,6 +10,7 @@
 from __future__ import annotations
 
 import functools
+import logging
 import os
 import random
 import uuid
@@ -60,6 +61,7 @@ def s3_endpoint() -> Iterator[str]:
     from moto.server import ThreadedMotoServer
 
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=MOTO_PORT, verbose=False)
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)  # a line for each request otherwise
     server.start()
     yield MOTO_URL
     server.stop()

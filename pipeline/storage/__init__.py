@@ -16,6 +16,7 @@
 from __future__ import annotations
 
 import os
+import re
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -37,6 +38,7 @@ __all__ = ["Entry", "Store", "join", "redact", "resolve"]
 S3_OPTIONS = {option.name: option.type for option in fields(S3Options)}
 CREDENTIALS = {"key", "secret", "token", "password", "username", "access_key", "secret_key", "aws_access_key_id"}
 FEW_NAMES = 8  # up to so many names of one folder are looked up one by one
+CHAINED = re.compile(r"^\w+::\w+://|://.*::\w+://")  # fsspec's zip://a.jpg::s3://b/k.zip
 LOOKUPS = 16  # at the same time
 
 
@@ -169,9 +171,15 @@ class Store:
             listed = (
                 self._listed(wanted) if len(wanted) > FEW_NAMES and scheme_of(folder) and not is_web(folder) else {}
             )
-            yield from listed.values()
+            rest = [name for name in wanted if name not in listed]
             with ThreadPoolExecutor(LOOKUPS) as pool:
-                yield from pool.map(self._one, [name for name in wanted if name not in listed])
+                entries = dict(zip(rest, pool.map(self._found, rest), strict=True))
+            missing = [name for name, entry in entries.items() if entry is None]
+            if missing:
+                more = f" (and {len(missing) - 1} more of {len(wanted)} names)" if len(missing) > 1 else ""
+                raise self._missing(missing[0], f"{redact(missing[0])}: not found{more}")
+            yield from listed.values()
+            yield from filter(None, entries.values())
 
     def _listed(self, wanted: Sequence[str]) -> dict[str, Entry]:
         """Those of `wanted` that one listing shows, without reading on through a folder of a million others."""
@@ -179,15 +187,16 @@ class Store:
         entries = self._backend(wanted[0]).scan(_common_start(wanted), deep=False)
         return {entry.uri: entry for entry in islice(entries, 10_000 + 10 * len(names)) if entry.uri in names}
 
-    def _one(self, name: str) -> Entry:
+    def _found(self, name: str) -> Entry | None:
         try:
             return self._backend(name).stat(name)
-        except NotFound as error:
-            raise self._missing(name, error.message) from None
+        except NotFound:
+            return None
 
     def _matching(self, pattern: str) -> list[Entry]:
         prefix = fixed_prefix(pattern)
-        deep, regex = "/" in pattern[len(prefix) :], glob_regex(pattern)
+        rest = pattern[len(prefix) :]
+        deep, regex = "/" in rest or "**" in rest, glob_regex(pattern)
         found = [entry for entry in self._backend(pattern).scan(prefix, deep=deep) if regex.fullmatch(entry.uri)]
         if found:
             return found
@@ -213,7 +222,7 @@ class Store:
 def resolve(uri: str) -> str:
     """The one spelling of a URI: an absolute path for a local file, `s3://` for its aliases."""
     scheme = scheme_of(uri)
-    if "::" in scheme or "::" in uri.partition("://")[0]:
+    if CHAINED.search(uri):
         raise InputError(f"{redact(uri)}: chained URLs are not read", hint="unpack the archive first")
     if scheme in ("", "file", "local"):
         return _absolute(uri.partition("://")[2] if scheme else uri)

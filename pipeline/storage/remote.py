@@ -12,6 +12,7 @@ import io
 import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from datetime import datetime
 from typing import Any, BinaryIO, NoReturn, TypeVar
 
 from pipeline.errors import (
@@ -64,7 +65,8 @@ class Remote:
         )
         for name, info in found.items():
             uri = folder + name[len(root.rstrip("/")) :].lstrip("/")
-            if info.get("type") != "directory" and uri.startswith(prefix) and not name.endswith("/"):
+            # fsspec's find shows a file as what lies below itself
+            if info.get("type") != "directory" and uri.startswith(prefix) and uri != folder and not name.endswith("/"):
                 yield _entry(uri, info)
 
     def read(self, uri: str, start: int, stop: int | None, expect: Entry | None) -> bytes:
@@ -164,7 +166,9 @@ class Remote:
 
 
 def _entry(uri: str, info: Mapping[str, Any]) -> Entry:
-    etag = next((str(info[name]) for name in ETAGS if info.get(name)), "")
+    version = next((info[name] for name in ETAGS if info.get(name)), "")
+    # a listing and a look may give the same moment as a number and as a datetime
+    etag = str(version.timestamp() if isinstance(version, datetime) else version)
     return Entry(uri, int(info.get("size") or 0), etag.removeprefix("W/").strip('"'))
 
 
