@@ -47,7 +47,7 @@ class Mosaics:
         return mosaic_HWC, truth_HW
 
     def patch(self, texture: int, draw: np.random.Generator, size: int) -> Pixels:
-        """A square of the texture, `size` pixels wide, in one of eight positions."""
+        """A square of the texture, `size` pixels wide, mirrored or not."""
         roomy = [box for box in self.boxes[texture] if min(box.width, box.height) >= size]
         box = roomy[int(draw.integers(len(roomy)))]
         left = box.left + int(draw.integers(0, box.width - size + 1))
@@ -74,15 +74,10 @@ def voronoi(draw: np.random.Generator, size: int, cells: int) -> npt.NDArray[np.
 
 def make_mosaics(folder: Path, count: int = 256, seed: int = 2024) -> dict[str, Any]:
     """`mosaics-00.tar` of held-out mosaics as JPEGs and `truth/<key>.png` -> the manifest; kept when complete."""
-    made_from: dict[str, Any] = {
-        "recipe": RECIPE,
-        "count": count,
-        "seed": seed,
-        "size": SIZE,
-        "textures": list(TEXTURES),
-    }
+    made_from: dict[str, Any] = {"recipe": RECIPE, "count": count, "seed": seed, "size": SIZE, "textures": TEXTURES}
     made_from |= {"pillow": PIL.__version__, "numpy": np.__version__, "photos": photos_hash()}
-    kept = complete_manifest(folder, made_from)
+    digest = hashlib.sha256(json.dumps(made_from).encode()).hexdigest()
+    kept = complete_manifest(folder, digest)
     if kept is not None:
         return kept | {"made": False}
     (folder / "truth").mkdir(parents=True, exist_ok=True)
@@ -92,20 +87,25 @@ def make_mosaics(folder: Path, count: int = 256, seed: int = 2024) -> dict[str, 
         mosaic_HWC, truth_HW = mosaics(np.random.default_rng([seed, index]), SIZE)
         members.append((f"mosaic-{index:04d}.jpg", encode(Image.fromarray(mosaic_HWC), quality=92)))
         (folder / "truth" / f"mosaic-{index:04d}.png").write_bytes(png(truth_HW))
-    data = tar(members)
-    (folder / "mosaics-00.tar").write_bytes(data)
-    manifest = {"made_from": made_from, "tar": hashlib.sha256(data).hexdigest()}
+    (folder / "mosaics-00.tar").write_bytes(tar(members))
+    manifest = {"made_from": made_from, "recipe_hash": digest, "mosaics": count, "files": hashes(folder)}
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=1))
     return manifest | {"made": True}
 
 
-def complete_manifest(folder: Path, made_from: dict[str, Any]) -> dict[str, Any] | None:
+def complete_manifest(folder: Path, recipe_hash: str) -> dict[str, Any] | None:
+    """The manifest of a folder that holds exactly what this recipe makes, else None."""
     try:
         manifest: dict[str, Any] = json.loads((folder / MANIFEST).read_text())
-        found = hashlib.sha256((folder / "mosaics-00.tar").read_bytes()).hexdigest()
     except (OSError, ValueError):
         return None
-    return manifest if manifest.get("made_from") == made_from and manifest.get("tar") == found else None
+    same = manifest.get("recipe_hash") == recipe_hash and manifest.get("files") == hashes(folder)
+    return manifest if same else None
+
+
+def hashes(folder: Path) -> dict[str, str]:
+    files = [*folder.glob("mosaics-*.tar"), *(folder / "truth").glob("mosaic-*.png")]
+    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(files)}
 
 
 def png(truth_HW: Pixels) -> bytes:
@@ -115,7 +115,7 @@ def png(truth_HW: Pixels) -> bytes:
 
 
 class Confusion:
-    """Pixels counted by truth and answer, and the mean over classes of intersection by union."""
+    """Pixels counted by truth and answer, and the mean over the classes seen of intersection by union."""
 
     def __init__(self) -> None:
         self.counts_KK = np.zeros((len(TEXTURES), len(TEXTURES)), np.int64)
@@ -127,7 +127,7 @@ class Confusion:
     def mean_iou(self) -> float:
         both_K = np.diag(self.counts_KK)
         either_K = self.counts_KK.sum(axis=0) + self.counts_KK.sum(axis=1) - both_K
-        return float((both_K / np.maximum(either_K, 1)).mean())
+        return float((both_K[either_K > 0] / either_K[either_K > 0]).mean())
 
 
 def main() -> None:
@@ -135,7 +135,7 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     given = parser.parse_args()
     manifest = make_mosaics(given.folder)
-    print(f"{manifest['made_from']['count']} mosaics {'made' if manifest['made'] else 'kept'} in {given.folder}")
+    print(f"{manifest['mosaics']} mosaics {'made' if manifest['made'] else 'kept'} in {given.folder}")
 
 
 if __name__ == "__main__":

@@ -128,6 +128,45 @@ def test_what_is_broken_is_counted(shards: ModuleType, tmp_path: Path) -> None:
     assert readable[1] < 3 * 32  # tarfile takes the damaged header for the end, and says nothing
 
 
+# -- mosaics -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def mosaics() -> Iterator[ModuleType]:
+    yield from demo_module("mosaics")
+
+
+@pytest.mark.parametrize("region", ["train", "held_out"])
+def test_every_pixel_of_a_mosaic_is_of_its_texture_and_region(mosaics: ModuleType, region: str) -> None:
+    drawn = mosaics.Mosaics(region)
+    for texture, (image, boxes) in enumerate(zip(drawn.images, drawn.boxes, strict=True)):
+        painted = np.full_like(image, 255)  # outside of the region
+        for box in boxes:
+            painted[box.top : box.bottom, box.left : box.right] = texture
+        drawn.images[texture] = painted
+    for seed in range(20):
+        mosaic, truth = drawn(np.random.default_rng(seed), 64)
+        assert np.array_equal(mosaic, np.repeat(truth[..., None], 3, axis=2))
+        assert 2 <= len(np.unique(truth)) <= 5
+
+
+def test_mosaics_are_kept_until_something_is_missing(mosaics: ModuleType, tmp_path: Path) -> None:
+    assert mosaics.make_mosaics(tmp_path, count=3)["made"]
+    assert not mosaics.make_mosaics(tmp_path, count=3)["made"]
+    truth = np.asarray(Image.open(tmp_path / "truth" / "mosaic-0001.png"))
+    assert truth.shape == (mosaics.SIZE, mosaics.SIZE)
+    (tmp_path / "truth" / "mosaic-0001.png").unlink()
+    assert mosaics.make_mosaics(tmp_path, count=3)["made"]
+
+
+def test_mean_iou_counts_each_class_once(mosaics: ModuleType) -> None:
+    truth, answer = np.zeros((4, 4), np.uint8), np.zeros((4, 4), np.uint8)
+    truth[2:], answer[3:] = 1, 1
+    confusion = mosaics.Confusion()
+    confusion.add(truth, answer)
+    assert confusion.mean_iou() == pytest.approx((8 / 12 + 4 / 8) / 2)
+
+
 # -- checkpoint ----------------------------------------------------------------------------------------------------
 
 
