@@ -320,6 +320,10 @@ def _check(s: Settings) -> None:
         value = getattr(s, name)
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise CheckpointError(f"config.json: {name}: `{value}` is not a positive number")
+    if not isinstance(s.layer_norm_eps, int | float) or s.layer_norm_eps < 0:
+        raise CheckpointError(f"config.json: layer_norm_eps: `{s.layer_norm_eps}` is not a small positive number")
+    if not isinstance(s.qkv_bias, bool):
+        raise CheckpointError(f"config.json: qkv_bias: `{s.qkv_bias}` is neither true nor false")
     if s.hidden_size % s.num_attention_heads:
         raise CheckpointError(
             f"config.json: hidden_size {s.hidden_size} is not divisible by num_attention_heads {s.num_attention_heads}",
