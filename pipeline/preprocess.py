@@ -46,7 +46,7 @@ class PreprocessSettings:
     max_resized_pixels: int = 1 << 25
 
     @property
-    def size_HW(self) -> tuple[int, int]:  # noqa: N802 a shape suffix
+    def size_HW(self) -> tuple[int, int]:
         """Height and width of what reaches the model."""
         if self.crop_height is not None and self.crop_width is not None:
             return self.crop_height, self.crop_width
@@ -191,6 +191,8 @@ def read_settings(
     defaults = PROCESSORS[_processor_name(given, processor)]
     merged = {**defaults, **{key: value for key, value in given.items() if value is not None}}
     merged["edge_factor"] = defaults.get("edge_factor", 1)
+    if merged.get("do_pad"):
+        raise CheckpointError(f"{FILE}: `do_pad` is {merged['do_pad']!r}", hint="these models' images are never padded")
     resize, (height, width), crop = _geometry(merged, _pair("image_size", image_size) if image_size else None)
     return PreprocessSettings(
         resize=resize,
@@ -261,9 +263,9 @@ def _crop_size(config: Mapping[str, Any]) -> Pair | None:
 def _size_dict(name: str, value: Any, square: bool) -> Mapping[str, Any]:
     """224, [224, 224] (height first), {"shortest_edge": 224} or {"height": 224, "width": 224} -> one of the dicts."""
     if isinstance(value, Mapping):
-        keys = {key for key, entry in value.items() if entry is not None}
-        if keys in ({"shortest_edge"}, {"height", "width"}):
-            return value
+        given = {key: entry for key, entry in value.items() if entry is not None}
+        if given.keys() in ({"shortest_edge"}, {"height", "width"}):
+            return given
         raise CheckpointError(
             f"{FILE}: `{name}` is {dict(value)}", known=['{"shortest_edge": s}', '{"height": h, "width": w}', "s"]
         )

@@ -40,11 +40,11 @@ from tests.bad_images import (
     encode,
     exif,
     moving,
-    picture,
     png,
     with_frame,
     with_segment,
 )
+from tests.golden.crop_sources import picture as golden_picture
 
 BY_NAME = {odd.name: odd for odd in BAD_IMAGES}
 REASONS = set(Reason.__args__)  # type: ignore[attr-defined]
@@ -349,12 +349,12 @@ def test_every_cut_of_a_jpeg_and_a_png_is_truncated() -> None:
 
 
 def test_most_bursts_in_a_jpeg_and_every_changed_bit_of_a_png_are_found() -> None:
-    rng, data = random.Random(5), encode(picture(300, 400), "JPEG", quality=90)
+    rng, data = random.Random(5), encode(golden_picture("landscape"), "JPEG", quality=90)
     bursts = [
         isinstance(decode(data[:at] + rng.randbytes(64) + data[at + 64 :]), Bad)
-        for at in range(len(data) // 10, len(data) - 80, 97)
+        for at in range(len(data) // 10, len(data) - 80, 401)
     ]
-    assert sum(bursts) / len(bursts) > 0.8, (sum(bursts), len(bursts))
+    assert sum(bursts) / len(bursts) > 0.9, (sum(bursts), len(bursts))  # Pillow finds a fifth
     for at in range(8, len(PNG), 41):
         assert isinstance(decode(PNG[:at] + bytes([PNG[at] ^ 1]) + PNG[at + 1 :]), Bad), at
 
