@@ -594,18 +594,12 @@ _TYPES: dict[str, tuple[type, ...]] = {"int": (int,), "float": (int, float), "bo
 
 
 def _typed(name: str, value: Any, kind: Any) -> Any:
-    """One field of config.json, of the type that Settings says."""
+    """One field of config.json, of the type that Settings says; sizes and stages have readers of their own."""
     if kind == "tuple[int, ...]":
-        return (
-            tuple(_typed(name, item, "int") for item in value)
-            if isinstance(value, (list, tuple))
-            else _refuse(name, value, kind)
-        )
-    wanted = _TYPES.get(kind)
-    if wanted is None:
-        return value  # sizes and stages have readers of their own
-    if not isinstance(value, wanted) or (isinstance(value, bool) and kind != "bool"):
-        _refuse(name, value, kind)
+        items = value if isinstance(value, (list, tuple)) else _refuse(name, value, "a list of ints")
+        return tuple(_typed(name, item, "int") for item in items)
+    if kind in _TYPES and (not isinstance(value, _TYPES[kind]) or (isinstance(value, bool) and kind != "bool")):
+        _refuse(name, value, f"of type {kind}")
     return value
 
 
@@ -805,43 +799,63 @@ class FastBlock(nn.Module):
 
 
 class BiasCache:
-    """The attention biases of the last grid that was seen: all layers' where they fit `BIAS_BYTES`, else the resized
-    tables, from which one layer's at a time is made."""
+    """The attention biases of the last grid that was seen: every layer's where they fit `BIAS_BYTES`, else only the
+    resized tables, and one layer's biases at a time in a room that lasts for one forward pass."""
 
     def __init__(self, plain: Beit, dtype: torch.dtype) -> None:
         self.dtype, self.heads = dtype, plain.settings.num_attention_heads
         shared = [] if plain.shared_bias is None else [plain.shared_bias]
         own = [block.bias for block in plain.layers() if block.bias is not None]
-        self.tables = [[*shared, bias] for bias in own] or [shared]  # one entry for all layers where none has its own
-        self.kept: tuple[tuple[int, int], Callable[[int], Tensor]] | None = None
+        self.sources = [[*shared, bias] for bias in own] or [
+            shared
+        ]  # one entry where the layers have none of their own
+        self.grid, self.tables_HR, self.made = (0, 0), list[Tensor](), list[Tensor]()
 
     def of_grid(self, grid: tuple[int, int]) -> Callable[[int], Tensor | None]:
-        if not self.tables[0]:
+        if not self.sources[0]:
             return lambda k: None
-        if self.kept is None or self.kept[0] != grid:
-            self.kept = None  # before the next grid's are made
-            self.kept = grid, self._make(grid)
-        return self.kept[1]
+        if grid != self.grid:
+            self._make(grid)
+        last, made = len(self.sources) - 1, self.made
+        return (lambda k: made[min(k, last)]) if made else self._one_at_a_time(grid, self.tables_HR)
 
-    def _make(self, grid: tuple[int, int]) -> Callable[[int], Tensor]:
-        tables_HR = [self._table(k, grid).T.to(self.dtype).contiguous() for k in range(len(self.tables))]
-        index_TT = distance_index(grid, tables_HR[0].device)
-        # rows start at multiples of 16 bytes, without which CUDA's kernels copy the bias in every call
-        T, padded_TT = len(index_TT), F.pad(index_TT, (0, -len(index_TT) % 8))
-        last = len(tables_HR) - 1
+    def _make(self, grid: tuple[int, int]) -> None:
+        self.made = []  # the other grid's go before this one's are made
+        # shared and own are summed before they are resized, which is linear
+        tables = [torch.stack([part.resized(grid) for part in parts]).sum(0) for parts in self.sources]
+        self.tables_HR = [table.T.to(self.dtype).contiguous() for table in tables]
+        if len(tables) * self._room(grid, "meta").nbytes <= BIAS_BYTES:
+            self.made = [spread(table, grid, self._room(grid, table.device)) for table in self.tables_HR]
+        self.grid = grid
 
-        def bias(k: int) -> Tensor:
-            made_HT = tables_HR[min(k, last)].index_select(1, padded_TT.flatten())
-            return made_HT.view(1, self.heads, *padded_TT.shape)[..., :T]
+    def _one_at_a_time(self, grid: tuple[int, int], tables_HR: list[Tensor]) -> Callable[[int], Tensor]:
+        room = self._room(grid, tables_HR[0].device)
+        shared_HTT = spread(tables_HR[0], grid, room) if len(tables_HR) == 1 else None
+        return lambda k: spread(tables_HR[k], grid, room) if shared_HTT is None else shared_HTT
 
-        if len(tables_HR) * self.heads * padded_TT.numel() * self.dtype.itemsize > BIAS_BYTES:
-            return bias
-        made = [bias(k) for k in range(len(tables_HR))]
-        return lambda k: made[min(k, last)]
+    def _room(self, grid: tuple[int, int], device: torch.device | str) -> Tensor:
+        """Space for one layer's biases. Rows are aligned to 16 bytes: else CUDA copies them in each call."""
+        T = 1 + grid[0] * grid[1]
+        return torch.empty(self.heads, T, T + -T % 8, dtype=self.dtype, device=device)
 
-    def _table(self, k: int, grid: tuple[int, int]) -> Tensor:
-        """Shared and own summed, in float32, (R, H)."""
-        return torch.stack([part.resized(grid) for part in self.tables[k]]).sum(0)
+
+def spread(table_HR: Tensor, grid: tuple[int, int], room: Tensor) -> Tensor:
+    """A table over distances -> the bias of each pair of tokens, (1, H, T, T) in `room`. Equal to a look-up by
+    `distance_index`, and several times as fast: a query's row of patches sees the mirrored table through a window."""
+    (h, w), T = grid, room.shape[1]
+    room[:, 0, :], room[:, :, 0], room[:, 0, 0] = table_HR[:, -3, None], table_HR[:, -2, None], table_HR[:, -1]
+    mirrored = table_HR[:, :-3].reshape(-1, 2 * h - 1, 2 * w - 1).flip(1, 2)
+    windows = mirrored.unfold(1, h, 1).unfold(2, w, 1)
+    pairs = room.as_strided(*_patch_pairs(room, h, w))
+    for y in range(h):
+        pairs[:, y] = windows[:, h - 1 - y].flip(1)
+    return room[None, :, :, :T]
+
+
+def _patch_pairs(room: Tensor, h: int, w: int) -> tuple[tuple[int, ...], tuple[int, ...], int]:
+    """Size, stride and offset of the part without the class token, as (H, query's y, x, key's y, x)."""
+    H, _, P = room.shape
+    return (H, h, w, h, w), (room.stride(0), w * P, P, w, 1), P + 1
 
 
 def _scaled(linear: nn.Linear, scale_D: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
