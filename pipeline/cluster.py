@@ -94,6 +94,7 @@ def prepares_apart(work: Work) -> bool:
 
 
 def _actors(dataset: ray.data.Dataset, arguments: list[Any], count: int, cpus: float, gpus: float) -> ray.data.Dataset:
+    # Ray 2.60 has no named parameters yet for the bounds on restarts, and without them it retries for ever
     return dataset.map_batches(
         _Step,
         fn_constructor_args=arguments,

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Union
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from pipeline import decode, preprocess
 from pipeline.errors import JobError, nearest
@@ -20,6 +20,7 @@ from pipeline.outputs import OUTPUTS, Output
 from pipeline.read import SOURCES, Source
 from pipeline.read.settings import StorageOptions
 from pipeline.schema import RESERVED_COLUMNS
+from pipeline.storage import resolve
 
 RESULT_VERSION = 1  # raised by hand when the same job would give other numbers
 
@@ -69,6 +70,12 @@ class ModelJob(Settings):
             return {**values, "name": last.split("@")[0].split(":")[-1]}
         return values
 
+    @field_validator("model")
+    @classmethod
+    def _make_absolute(cls, model: str) -> str:
+        """A worker may run in another folder than the command that was given a relative path."""
+        return resolve(model) if Path(model).is_dir() else model
+
     @model_validator(mode="after")
     def _check(self) -> ModelJob:
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._+-]*", self.name):
@@ -88,7 +95,9 @@ class ModelJob(Settings):
 class OutputJob(Settings):
     """Where results go, and how they are cut."""
 
-    uri: str = Field(min_length=1, description="Folder or prefix of the results")
+    uri: Annotated[str, AfterValidator(resolve)] = Field(
+        min_length=1, description="Folder or prefix of the results: a path, or a URI such as s3://bucket/prefix"
+    )
     rows_per_part: int = Field(default=16_384, ge=1, description="At most so many images in one part file")
     storage_options: StorageOptions = Field(
         default_factory=dict, description="Options of the output's filesystem (endpoint_url, profile, ...); no secrets"

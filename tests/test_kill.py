@@ -23,7 +23,7 @@ from pipeline.results import open_results
 from pipeline.verify import verify
 from tests.small import job_dict, make_checkpoint, make_shards
 
-SHARDS, PER_SHARD = 30, 12
+SHARDS, PER_SHARD = 60, 6
 
 
 class Reader(threading.Thread):
@@ -63,7 +63,7 @@ def kill_after_progress(process: subprocess.Popen[bytes], output: Output, rng: r
     deadline = time.monotonic() + 120
     while process.poll() is None and len(output.part_files()) == before and time.monotonic() < deadline:
         time.sleep(0.01)
-    time.sleep(rng.random() * 0.15)
+    time.sleep(rng.random() * 0.05)
     if process.poll() is None:
         os.killpg(process.pid, signal.SIGKILL)
     process.wait(60)
