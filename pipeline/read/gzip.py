@@ -28,7 +28,7 @@ class GzipBytes(ChunkBytes):
         while True:
             fault = yield from self._inflate_member()
             if fault:
-                self.fault = f"{fault} at byte {self.compressed.position} of the compressed file"
+                self.fault = f"{fault} (byte {self.compressed.position} of the compressed file)"
                 return
             if not self._more_members():
                 return

@@ -9,7 +9,6 @@ Python's `tarfile` silently drops what follows a damaged header. This reader is 
 
 from __future__ import annotations
 
-import logging
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -24,8 +23,6 @@ MAX_EXTENDED_BYTES = 1 << 20  # a name longer than this is an attack or damage
 MAGIC, MAGIC_AT = b"ustar", 257
 BODILESS = b"123456"  # links, devices, folders, pipes: their size field is not the length of a body
 COMPRESSIONS = {b"\x28\xb5\x2f\xfd": "zstd", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"PK\x03\x04": "zip"}
-
-log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,19 +56,14 @@ class Archive:
     """Iterates over the members and damages of one tar, or of a slice that begins at a header.
 
     `wanted` says whose bodies to keep; with `bodies=False` all are passed over, for a walk over headers only.
-    A slice that is not the file's tail has no end marker."""
+    `has_end_marker` is known at the end; a file that is whole but for its marker is no damage."""
 
     def __init__(
-        self,
-        source: ByteSource,
-        wanted: Callable[[str], bool],
-        max_body_bytes: int,
-        bodies: bool = True,
-        is_tail: bool = True,
+        self, source: ByteSource, wanted: Callable[[str], bool], max_body_bytes: int, bodies: bool = True
     ) -> None:
-        self.source, self.wanted, self.max_body_bytes = source, wanted, max_body_bytes
-        self.bodies, self.is_tail = bodies, is_tail
+        self.source, self.wanted, self.max_body_bytes, self.bodies = source, wanted, max_body_bytes, bodies
         self.global_records: dict[str, bytes] = {}
+        self.has_end_marker = False
 
     def __iter__(self) -> Iterator[Member | Damage]:
         if self.source.size_bytes == 0:
@@ -162,8 +154,7 @@ class Archive:
         while block and not block.strip(b"\0"):
             blocks, block = blocks + 1, self.source.take(BLOCK)
         if not block:
-            if self.is_tail and blocks < 2 and not self.source.fault:
-                log.warning("a tar ends at byte %d without its end-of-archive marker; all its members were read", start)
+            self.has_end_marker = blocks >= 2
             return None
         self.source.unread(block)
         if parse_header(block) is not None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import logging
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -35,7 +36,9 @@ from pipeline.read.settings import (
 )
 from pipeline.read.tar import Archive, Damage, Member
 from pipeline.schema import Part, Piece, Reject, Row
-from pipeline.storage import Entry, Store
+from pipeline.storage import Entry, Store, redact
+
+log = logging.getLogger(__name__)
 
 SIDECARS = ("json", "txt", "cls")
 MAX_SIDECAR_BYTES = 16 << 20
@@ -108,11 +111,14 @@ class WebDataset(SourceSettings):
 
     def _read_piece(self, piece: Piece, rows: Iterator[int]) -> Iterator[Row | Reject]:
         source, is_tail = _open(self.store, piece)
-        archive = Archive(source, self._is_wanted, self.max_member_bytes, is_tail=is_tail)
-        kept = tuple(_typed(column) for column in self.kept)
-        for group in self._samples(archive):
-            for item in self._items(group):
-                yield _to_row(item, group, kept, piece.uri, next(rows))
+        archive = Archive(source, self._is_wanted, self.max_member_bytes)
+        kept, is_damaged = tuple(_typed(column) for column in self.kept), False
+        for sample in self._samples(archive):
+            is_damaged = is_damaged or sample.damage is not None
+            for item in self._items(sample):
+                yield _to_row(item, sample, kept, piece.uri, next(rows))
+        if is_tail and not archive.has_end_marker and not is_damaged:
+            log.warning("%s ends without its end-of-archive marker; all its members were read", redact(piece.uri))
 
     def _is_wanted(self, name: str) -> bool:
         suffix = _split_name(name)[1]
