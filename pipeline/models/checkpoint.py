@@ -15,7 +15,7 @@ import hashlib
 import json
 import pickle
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -31,6 +31,7 @@ WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
 INDEX = ".index.json"
 NAMED_IN_ERRORS = 4
 CHUNK_BYTES = 8 << 20
+FLOATS = {"F64", "F32", "F16", "BF16"}
 
 
 class Weights(Protocol):
@@ -41,6 +42,9 @@ class Weights(Protocol):
 
     def hash(self) -> str:
         """64 hex digits that change when any weight does."""
+
+    def check(self, module: nn.Module, family: Family) -> object:
+        """Raise CheckpointError unless the weights fit a meta module one to one. Reads no tensor."""
 
     def fill(self, module: nn.Module, family: Family) -> None:
         """Give every parameter and buffer of a meta module its float32 value, or raise CheckpointError."""
@@ -54,7 +58,7 @@ class FileWeights:
     files: tuple[Path, ...]
 
     def names(self, family: Family) -> frozenset[str]:
-        on_disk = self._names_on_disk()
+        on_disk = {entry.name for path in self.files for entry in _listed(path)}
         return frozenset(stripped(name, family.PREFIX, on_disk) for name in on_disk)
 
     def hash(self) -> str:
@@ -66,59 +70,70 @@ class FileWeights:
                 digest.update(chunk)
         return digest.hexdigest()
 
-    def fill(self, module: nn.Module, family: Family) -> None:
+    def check(self, module: nn.Module, family: Family) -> dict[str, str]:
         wanted = expected(module)
-        found: dict[str, tuple[str, Tensor]] = {}
-        surplus: list[str] = []
-        on_disk = self._names_on_disk()
-        for name, tensor in self._tensors():
-            short = stripped(name, family.PREFIX, on_disk)
+        listed: dict[str, Listed] = {}
+        for entry in (entry for path in self.files for entry in _listed(path)):
+            if entry.name in listed:
+                raise CheckpointError(f"{self.folder}: `{entry.name}` is in two files", hint=_refetch(self.files[0]))
+            listed[entry.name] = entry
+        found: dict[str, Listed] = {}
+        surplus: list[Listed] = []
+        for entry in listed.values():
+            short = stripped(entry.name, family.PREFIX, listed.keys())
             ours = own_name(short, family.KEYS)
             if ours in found:
                 raise CheckpointError(
-                    f"{self.folder}: `{name}` and `{found[ours][0]}` are both `{ours}`",
+                    f"{self.folder}: `{entry.name}` and `{found[ours].name}` are both `{ours}`",
                     hint="the files mix two layouts; save the model again with one version of its library",
                 )
             if ours in wanted:
-                found[ours] = (name, tensor)
+                found[ours] = entry
             elif not unused(short, family.UNUSED):
-                surplus.append(f"{name} {tuple(tensor.shape)}")
+                surplus.append(entry)
         self._refuse_misfits(wanted, found, surplus, family)
-        assign(module, {ours: self._float32(*pair) for ours, pair in found.items()})
+        return {ours: entry.name for ours, entry in found.items()}
 
-    def _names_on_disk(self) -> frozenset[str]:
-        return frozenset(name for path in self.files for name in _names_in(path))
-
-    def _tensors(self) -> Iterator[tuple[str, Tensor]]:
-        for path in self.files:
-            yield from _tensors_in(path)
-
-    def _float32(self, name: str, tensor: Tensor) -> Tensor:
-        if not tensor.is_floating_point():
-            message = f"{self.folder}: `{name}` is {tensor.dtype}, not a float"
-            raise CheckpointError(message, hint="quantised checkpoints are not supported; use the float one")
-        return tensor.detach().to(torch.float32).contiguous()
+    def fill(self, module: nn.Module, family: Family) -> None:
+        ours_of = {name: ours for ours, name in self.check(module, family).items()}
+        pairs = (pair for path in self.files for pair in _tensors_in(path, ours_of.keys()))
+        assign(module, {ours_of[name]: tensor.detach().to(torch.float32).contiguous() for name, tensor in pairs})
 
     def _refuse_misfits(
         self,
         wanted: Mapping[str, tuple[int, ...]],
-        found: Mapping[str, tuple[str, Tensor]],
-        surplus: Sequence[str],
+        found: Mapping[str, Listed],
+        surplus: Sequence[Listed],
         family: Family,
     ) -> None:
         missing = [f"{disk_name(name, family.KEYS)} {shape}" for name, shape in wanted.items() if name not in found]
         misshapen = [
-            f"{name} is {tuple(tensor.shape)}, config.json makes it {wanted[ours]}"
-            for ours, (name, tensor) in found.items()
-            if tuple(tensor.shape) != wanted[ours]
+            f"{entry.name} is {entry.shape}, config.json makes it {wanted[ours]}"
+            for ours, entry in found.items()
+            if entry.shape != wanted[ours]
         ]
-        faults = {"missing": missing, "unexpected": surplus, "misshapen": misshapen}
+        unexpected = [f"{entry.name} {entry.shape}" for entry in surplus]
+        faults = {"missing": missing, "unexpected": unexpected, "misshapen": misshapen}
         lines = [f"  {len(names)} {fault}: {_few(names)}" for fault, names in faults.items() if names]
         if lines:
-            message = "\n".join(
-                [f"{self.folder}: the weights do not fit `{family.MODEL_TYPE}` as config.json says", *lines]
-            )
-            raise CheckpointError(message, hint=_what_to_try(missing, surplus, misshapen))
+            message = f"{self.folder}: the weights do not fit `{family.MODEL_TYPE}` as config.json says"
+            raise CheckpointError("\n".join([message, *lines]), hint=_what_to_try(missing, unexpected, misshapen))
+        self._refuse_quantised(found.values())
+
+    def _refuse_quantised(self, entries: Iterable[Listed]) -> None:
+        for entry in entries:
+            if entry.dtype not in FLOATS:
+                message = f"{self.folder}: `{entry.name}` is {entry.dtype}, not one of {', '.join(sorted(FLOATS))}"
+                raise CheckpointError(message, hint="quantised checkpoints are not supported; use the float one")
+
+
+@dataclass(frozen=True)
+class Listed:
+    """A tensor on disk, before it is read."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
 
 
 @dataclass(frozen=True)
@@ -136,6 +151,9 @@ class RandomWeights:
     def hash(self) -> str:
         said = json.dumps([self.seed, self.model_type, self.architecture, self.config], sort_keys=True, default=list)
         return hashlib.sha256(f"random {said}".encode()).hexdigest()
+
+    def check(self, module: nn.Module, family: Family) -> None:
+        pass
 
     def fill(self, module: nn.Module, family: Family) -> None:
         generator = torch.Generator().manual_seed(self.seed)
@@ -259,20 +277,32 @@ def _indexed(folder: Path, index_name: str) -> tuple[Path, ...]:
     return tuple(folder / name for name in files)
 
 
-def _names_in(path: Path) -> list[str]:
-    if path.suffix == ".safetensors":
-        with _opened(path) as file:
-            return list(file.keys())
-    return list(_unpickled(path))
-
-
-def _tensors_in(path: Path) -> Iterator[tuple[str, Tensor]]:
+def _listed(path: Path) -> Iterator[Listed]:
     if path.suffix != ".safetensors":
-        yield from _unpickled(path).items()
+        for name, tensor in _unpickled(path).items():
+            yield Listed(name, tuple(tensor.shape), _dtype_name(tensor.dtype))
         return
     with _opened(path) as file:
         for name in file.keys():  # noqa: SIM118 - not a dict
-            yield name, file.get_tensor(name)
+            entry = file.get_slice(name)
+            yield Listed(name, tuple(entry.get_shape()), entry.get_dtype())
+
+
+def _tensors_in(path: Path, names: Collection[str]) -> Iterator[tuple[str, Tensor]]:
+    if path.suffix != ".safetensors":
+        yield from ((name, tensor) for name, tensor in _unpickled(path).items() if name in names)
+        return
+    with _opened(path) as file:
+        for name in file.keys():  # noqa: SIM118 - not a dict
+            if name in names:
+                yield name, file.get_tensor(name)
+
+
+def _dtype_name(dtype: torch.dtype) -> str:
+    """As safetensors spells it."""
+    return {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}.get(
+        dtype, str(dtype)
+    )
 
 
 def _opened(path: Path) -> Any:

@@ -56,6 +56,7 @@ class FusedLinear:
 
     def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """x (..., I), residual (..., O) -> (..., O). The inputs are left as they are."""
+        assert residual is None or self.activation == "linear"
         if not self.fused:
             y = ACTIVATIONS[self.activation](F.linear(x, self.weight_OI, self.bias_O))
             return y if residual is None else y + residual
@@ -93,9 +94,10 @@ class FusedConv:
         ops, unary = torch.ops.mkldnn, _ONEDNN[self.activation]
         if residual_BOHW is None:
             return ops._convolution_pointwise(x_BCHW, self.weight_OIHW, self.bias_O, *where, *unary)  # type: ignore[no-any-return]
-        then = (None, [], None) if self.activation == "linear" else unary
+        then = unary if self.activation == "relu" else (None, [], None)  # no other goes into one pass with a sum
         operands = (x_BCHW, residual_BOHW, self.weight_OIHW, self.bias_O)
-        return ops._convolution_pointwise.binary(*operands, *where, "add", 1.0, *then)  # type: ignore[no-any-return]
+        y = ops._convolution_pointwise.binary(*operands, *where, "add", 1.0, *then)
+        return y if then is unary else ACTIVATIONS[self.activation](y)  # type: ignore[no-any-return]
 
 
 def fold_batch_norm(weight: Tensor, norm: nn.BatchNorm1d | nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
@@ -229,9 +231,10 @@ def _agrees(name: str, dtype: torch.dtype) -> bool:
     at = _Geometry(1, 0, 1)
     plain_conv, fused_conv = FusedConv(kernel, b, at, name, False), FusedConv(kernel, b, at, name, True)
     pairs = [(plain(x), fused(x)), (plain_conv(image), fused_conv(image))]
+    map_ = r.reshape(2, 16, 5, 1).contiguous(memory_format=torch.channels_last)
+    pairs.append((plain_conv(image, map_), fused_conv(image, map_)))
     if name == "linear":
-        map_ = r.reshape(2, 16, 5, 1).contiguous(memory_format=torch.channels_last)
-        pairs += [(plain(x, r), fused(x, r)), (plain_conv(image, map_), fused_conv(image, map_))]
+        pairs.append((plain(x, r), fused(x, r)))
     return all(bool(close(a.float(), b.float())) for a, b in pairs)
 
 

@@ -129,6 +129,8 @@ class Opened:
             return self.family.fold(self.module, dtype)
 
     def card(self) -> Card:
+        """Raises CheckpointError where the weights do not fit what config.json says."""
+        self.weights.check(cast(nn.Module, self.module), self.family)
         gives = self.module.gives()
         return Card(
             name=self.name,
