@@ -97,7 +97,7 @@ class FusedConv:
         then = unary if self.activation == "relu" else (None, [], None)  # no other goes into one pass with a sum
         operands = (x_BCHW, residual_BOHW, self.weight_OIHW, self.bias_O)
         y = ops._convolution_pointwise.binary(*operands, *where, "add", 1.0, *then)
-        return y if then is unary else ACTIVATIONS[self.activation](y)  # type: ignore[no-any-return]
+        return y if then is unary else ACTIVATIONS[self.activation](y)
 
 
 def fold_batch_norm(weight: Tensor, norm: nn.BatchNorm1d | nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
