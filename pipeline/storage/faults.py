@@ -21,7 +21,7 @@ T = TypeVar("T")
 BUSY_STATUS = {408, 429, 500, 502, 503, 504}
 REFUSED_UNDONE = {409, 429, 503}  # the store says that it did not do it; 500 and 504 leave that open
 EXPIRED = {"ExpiredToken", "ExpiredTokenException", "InvalidToken", "TokenRefreshRequired", "RequestExpired"}
-UNREACHABLE = {"EndpointConnectionError", "ConnectTimeoutError", "ClientConnectorError", "ClientConnectorDNSError"}
+UNREACHABLE = {"ClientConnectorError", "ConnectTimeoutError"}  # botocore's EndpointConnectionError is also a reset
 # these leave no doubt that nothing was sent, and no reason to try again
 NO_CREDENTIALS = {
     "NoCredentialsError": "set AWS_PROFILE, or AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY; `anon: true` if public",
@@ -154,12 +154,22 @@ def fault_of(error: BaseException) -> Fault:
             status = int(response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
             return Fault(status, str(said.get("Code", status)), str(said.get("Message", "")))
     for link in chain:
-        for name in ("status", "code", "status_code"):
-            told = getattr(link, name, None)
-            if isinstance(told, int) and told >= 400:
-                return Fault(told, type(link).__name__, str(getattr(link, "message", "")))
-    root = chain[-1] if type(chain[-1]).__module__.startswith(DRIVERS) else error
-    return Fault(_builtin_status(root), type(root).__name__, str(root))
+        if status := _http_status(link):
+            return Fault(status, type(link).__name__, str(getattr(link, "message", "")))
+    unreachable = (name for link in chain for name in _class_names(link) if name in UNREACHABLE)
+    return Fault(_builtin_status(error), next(unreachable, type(error).__name__), str(error))
+
+
+def _http_status(error: BaseException) -> int:
+    """What aiohttp, gcsfs and azure call it; aiohttp also gives 400 to its own complaints about a body."""
+    if type(error).__module__ == "aiohttp.http_exceptions":
+        return 0
+    told = (getattr(error, name, None) for name in ("status", "code", "status_code"))
+    return next((status for status in told if isinstance(status, int) and status >= 400), 0)
+
+
+def _class_names(error: BaseException) -> list[str]:
+    return [kind.__name__ for kind in type(error).__mro__]
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:

@@ -61,6 +61,7 @@ def _client_key(options: S3Options) -> tuple[object, ...]:
 
 
 async def _answer(client: Any, limit_s: float, method: str, request: dict[str, Any]) -> tuple[Mapping[str, Any], bytes]:
+    await client.set_session()  # reads botocore's models: seconds on a busy machine, and not the store's fault
     async with asyncio.timeout(limit_s):
         answer = await client._call_s3(method, **request)
         if "Body" not in answer:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import os
 import pickle
 import threading
 import uuid
@@ -22,7 +21,16 @@ from pipeline.errors import AlreadyExists, InputError, NotFound, StorageError
 from pipeline.storage import Entry, Store, join
 
 DATA = bytes(range(256)) * 40
-ODD_NAMES = ["a b.tar", "model=clip/part-1.parquet", "ä+%25&x#1.jpg", "q?x=1.jpg", "x[1].jpg", "{y}.jpg", "日本.png", "a::b"]
+ODD_NAMES = [
+    "a b.tar",
+    "model=clip/part-1.parquet",
+    "ä+%25&x#1.jpg",
+    "q?x=1.jpg",
+    "x[1].jpg",
+    "{y}.jpg",
+    "日本.png",
+    "a::b",
+]
 
 
 @pytest.fixture(params=["disk", "memory", "s3", pytest.param("rgw", marks=pytest.mark.realstore)])
@@ -32,7 +40,8 @@ def root(request: pytest.FixtureRequest) -> str:
         return str(request.getfixturevalue("tmp_path") / "root")
     if request.param == "memory":
         return f"memory://test-{uuid.uuid4().hex[:8]}/root"
-    return request.getfixturevalue({"s3": "s3_bucket", "rgw": "realstore_bucket"}[request.param]) + "/root"
+    bucket: str = request.getfixturevalue({"s3": "s3_bucket", "rgw": "realstore_bucket"}[request.param])
+    return f"{bucket}/root"
 
 
 store = Store()
@@ -48,7 +57,9 @@ def test_what_was_created_is_read_back(root: str) -> None:
     assert store.exists(uri) and not store.exists(join(root, "sub")) and not store.exists(join(root, "b"))
 
 
-@pytest.mark.parametrize("start, stop", [(0, 10), (5, None), (100, 200), (0, 0), (7, 7), (9000, 1 << 20), (1 << 20, None), (9, 3)])
+@pytest.mark.parametrize(
+    "start, stop", [(0, 10), (5, None), (100, 200), (0, 0), (7, 7), (9000, 1 << 20), (1 << 20, None), (9, 3)]
+)
 def test_ranges_are_slices(root: str, start: int, stop: int | None) -> None:
     uri = join(root, "a.bin")
     store.create(uri, DATA)
@@ -157,14 +168,17 @@ def test_a_replaced_file_is_not_read(root: str) -> None:
     uri = join(root, "a")
     store.create(uri, DATA)
     planned = store.stat(uri)
-    os.utime(uri, ns=(1, 1)) if not root.count("://") else None
     store.delete(uri)
     store.create(uri, DATA[:-1] + b"!")
-    for read in (store.read, store.open, lambda uri, expect: store.read(uri, 5, 9, expect=expect)):
+    asked: list[Callable[[], object]] = [
+        lambda: store.read(uri, expect=planned),
+        lambda: store.read(uri, 5, 9, expect=planned),
+        lambda: store.open(uri, expect=planned).read(),
+        lambda: list(store.stream(uri, expect=planned)),
+    ]
+    for ask in asked:
         with pytest.raises(StorageError, match="changed since it was planned"):
-            read(uri, expect=planned).read()
-    with pytest.raises(StorageError, match="changed"):
-        list(store.stream(uri, expect=planned))
+            ask()
 
 
 def test_another_size_is_noticed_without_an_etag(root: str) -> None:
