@@ -30,6 +30,8 @@ OUTPUTS = {
     "tokens": ("pipeline.outputs.tokens", "Tokens"),
     "feature_maps": ("pipeline.outputs.feature_maps", "FeatureMaps"),
     "attentions": ("pipeline.outputs.attentions", "Attentions"),
+    "segmentation": ("pipeline.outputs.segmentation", "Segmentation"),
+    "visual_tokens": ("pipeline.outputs.visual_tokens", "VisualTokens"),
 }
 
 

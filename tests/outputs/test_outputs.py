@@ -52,6 +52,13 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
     "tokens": [{}, {"hidden_states": [0, 4]}, {"last": False, "hidden_states": [4], "dtype": "float16"}],
     "feature_maps": [{"stages": ["stem"]}, {"stages": ["stem", "stage1"], "dtype": "float16"}],
     "attentions": [{"layers": [0]}, {"layers": [11, 0], "dtype": "float16"}],
+    "segmentation": [
+        {},
+        {"encoding": "rle"},
+        {"size": "model"},
+        {"size": "model", "encoding": "rle", "histogram": False, "name": "m"},
+    ],
+    "visual_tokens": [{}, {"mask_ratio": 0, "top_k": 3}, {"seed": 7, "mask_ratio": 0.9, "top_k": 99, "name": "codes"}],
 }
 CASES = [
     pytest.param(kind, fields, id=f"{kind}-{i}")
@@ -67,7 +74,7 @@ def make(kind: str, **fields: Any) -> Any:
 
 def card(gives: dict[str, tuple[int, ...]] = GIVES, labels: tuple[str, ...] = NAMES) -> Card:
     settings = PreprocessSettings("exact", 32, 32, "bilinear", None, None)
-    return Card("tiny", "fake", "fake:tiny", "0" * 64, {"patch_size": 8}, settings, gives, "a fake", labels)
+    return Card("tiny", "fake", "fake:tiny", "0" * 64, {"use_mask_token": True}, settings, gives, "a fake", labels)
 
 
 def batch(count: int) -> BatchRows:
