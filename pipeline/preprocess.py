@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 Resample = Literal["nearest", "lanczos", "bilinear", "bicubic", "box", "hamming"]
+Resize = Literal["shortest_edge", "exact", "none"]
+Pair = tuple[int, int]
 Uint8 = npt.NDArray[np.uint8]
 
 
@@ -33,7 +35,7 @@ class PreprocessSettings:
     "none" leaves it. crop is None or a centre crop (zero-padded where the image is smaller). Without rescaling,
     `rescale_factor` is 1. An image whose resize would hold more than `max_resized_pixels` is refused."""
 
-    resize: Literal["shortest_edge", "exact", "none"]
+    resize: Resize
     resize_height: int
     resize_width: int
     resample: Resample
@@ -193,7 +195,7 @@ def read_settings(
     merged["edge_factor"] = defaults.get("edge_factor", 1)
     if merged.get("do_pad"):
         raise CheckpointError(f"{FILE}: `do_pad` is {merged['do_pad']!r}", hint="these models' images are never padded")
-    resize, (height, width), crop = _geometry(merged, _pair("image_size", image_size) if image_size else None)
+    resize, (height, width), crop = _geometry(merged, None if image_size is None else _pair("image_size", image_size))
     return PreprocessSettings(
         resize=resize,
         resize_height=height,
@@ -218,35 +220,35 @@ def _processor_name(config: Mapping[str, Any], otherwise: str) -> str:
     return name
 
 
-Pair = tuple[int, int]
-
-
-def _geometry(
-    config: Mapping[str, Any], image_HW: Pair | None
-) -> tuple[Literal["shortest_edge", "exact", "none"], Pair, Pair | None]:
+def _geometry(config: Mapping[str, Any], image_HW: Pair | None) -> tuple[Resize, Pair, Pair | None]:
     """How to resize, to what, and the crop after it."""
-    crop = _crop_size(config)
     size = _size_dict("size", config["size"], square=bool(config["default_to_square"]))
-    final = image_HW or crop
-    if crop is None and ("shortest_edge" in size or not _flag(config, "do_resize")):
+    crop_HW = _crop_size(config)
+    if crop_HW is None:
+        return _geometry_without_crop(config, size, image_HW)
+    final_HW = image_HW or crop_HW
+    if not _flag(config, "do_resize"):
+        return "none", final_HW, final_HW
+    if "shortest_edge" in size:
+        edge = _whole("size.shortest_edge", size["shortest_edge"])
+        edge = int(config["edge_factor"] * max(map(_scaled, (edge, edge), crop_HW, final_HW)))
+        return "shortest_edge", (edge, edge), final_HW
+    height, width = map(_scaled, _sides("size", size), crop_HW, final_HW)
+    return "exact", (height, width), final_HW
+
+
+def _geometry_without_crop(
+    config: Mapping[str, Any], size: Mapping[str, Any], image_HW: Pair | None
+) -> tuple[Resize, Pair, None]:
+    if "shortest_edge" in size or not _flag(config, "do_resize"):
         message = f"{FILE}: without a fixed resize or a centre crop, images reach the model in different sizes"
         raise CheckpointError(message, hint=f'set `"do_center_crop": true` and `crop_size` in {FILE}')
-    if not _flag(config, "do_resize"):
-        return "none", cast(Pair, final), final
-    if "shortest_edge" in size:
-        edge = _scaled_edge(_whole("size.shortest_edge", size["shortest_edge"]), cast(Pair, crop), cast(Pair, final))
-        edge = int(config["edge_factor"] * edge)
-        return "shortest_edge", (edge, edge), final
-    height, width = _whole("size.height", size["height"]), _whole("size.width", size["width"])
-    if crop is None:
-        return "exact", image_HW or (height, width), None
-    crop_HW, final_HW = crop, cast(Pair, final)
-    return "exact", (height * final_HW[0] // crop_HW[0], width * final_HW[1] // crop_HW[1]), final_HW
+    return "exact", image_HW or _sides("size", size), None
 
 
-def _scaled_edge(edge: int, crop_HW: Pair, final_HW: Pair) -> int:
-    """The short side that stands to the final size as the checkpoint's to its crop; in integers: 288 stays 288."""
-    return max(edge * final // crop for crop, final in zip(crop_HW, final_HW, strict=True))
+def _scaled(side: int, crop: int, final: int) -> int:
+    """The side that stands to the final size as the checkpoint's stood to its crop; in integers, so 288 stays 288."""
+    return max(1, side * final // crop)
 
 
 def _crop_size(config: Mapping[str, Any]) -> Pair | None:
@@ -257,7 +259,11 @@ def _crop_size(config: Mapping[str, Any]) -> Pair | None:
     size = _size_dict("crop_size", config["crop_size"], square=True)
     if "shortest_edge" in size:
         raise CheckpointError(f"{FILE}: `crop_size` needs a height and a width, not `shortest_edge`")
-    return _whole("crop_size.height", size["height"]), _whole("crop_size.width", size["width"])
+    return _sides("crop_size", size)
+
+
+def _sides(name: str, size: Mapping[str, Any]) -> Pair:
+    return _whole(f"{name}.height", size["height"]), _whole(f"{name}.width", size["width"])
 
 
 def _size_dict(name: str, value: Any, square: bool) -> Mapping[str, Any]:

@@ -171,6 +171,7 @@ def _jpegs() -> list[OddImage]:
         OddImage("jpeg_zeroed", overwritten(JPEG, MIDDLE, bytes(400)), "corrupt_data"),
         OddImage("jpeg_burst", overwritten(JPEG, MIDDLE, bytes(range(1, 129))), "corrupt_data"),
         OddImage("jpeg_bytes_dropped", JPEG[:MIDDLE] + JPEG[MIDDLE + 256 :], "corrupt_data"),
+        OddImage("jpeg_cmyk_zeroed", overwritten(encode(CMYK, "JPEG"), 1800, bytes(500)), "corrupt_data"),
         OddImage("jpeg_no_frame", without(JPEG, 0xC0), "corrupt_data"),
         OddImage("jpeg_segment_length_0", overwritten(JPEG, 4, b"\0\0"), "corrupt_data"),
         OddImage("jpeg_endless_header", JPEG[:2] + b"\xff\xfe\0\x02" * 20_000 + JPEG[2:], "corrupt_data"),
@@ -252,7 +253,7 @@ def _tiffs() -> list[OddImage]:
 
 
 def _webps_and_avifs() -> list[OddImage]:
-    canvas = b"VP8X" + struct.pack("<I", 10) + bytes(4) + b"\xfe\x3f\0" + b"\xfe\x3f\0"
+    canvas = b"VP8X" + struct.pack("<I", 10) + bytes(4) + (11_999).to_bytes(3, "little") * 2
     return [
         OddImage("webp", WEBP),
         OddImage("webp_alpha", encode(RGBA, "WEBP", lossless=True)),
@@ -261,7 +262,7 @@ def _webps_and_avifs() -> list[OddImage]:
         OddImage("webp_cut", WEBP[: len(WEBP) // 2], "truncated"),
         OddImage("webp_header_only", WEBP[:16], "truncated"),
         OddImage("webp_damaged", overwritten(WEBP, 60, b"\xff" * 60), "corrupt_data"),
-        OddImage("webp_268_megapixels", b"RIFF" + struct.pack("<I", 22) + b"WEBP" + canvas, "too_many_pixels"),
+        OddImage("webp_144_megapixels", b"RIFF" + struct.pack("<I", 22) + b"WEBP" + canvas, "too_many_pixels"),
         OddImage("avif", AVIF),
         OddImage("avif_cut", AVIF[:-200], "truncated"),
         OddImage("avif_damaged", AVIF[:100] + bytes(len(AVIF) - 100), "corrupt_data"),

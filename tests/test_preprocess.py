@@ -43,7 +43,11 @@ def sha256(array: np.ndarray) -> str:
 
 
 def crop_of(image: Pixels, config: str) -> np.ndarray:
-    result = Preprocessor(read_settings(CONFIGS[config], "-"))(image)
+    return crop_by(read_settings(CONFIGS[config], "-"), image)
+
+
+def crop_by(chosen: PreprocessSettings, image: Pixels) -> np.ndarray:
+    result = Preprocessor(chosen)(image)
     assert not isinstance(result, Bad), result
     return result
 
@@ -178,6 +182,7 @@ def test_scale_mean_and_std() -> None:
         ("bit_padded", 450, ("shortest_edge", 400, (450, 450))),
         ("beit_ade", (512, 384), ("exact", 512, (512, 384))),
         ("beit_cropped", 448, ("exact", 512, (448, 448))),
+        ("bit_padded", 1, ("shortest_edge", 1, (1, 1))),
         ("vit_msn", 98, ("exact", 98, (98, 98))),
     ],
 )
@@ -218,7 +223,8 @@ def test_what_cannot_work_is_refused(config: dict[str, Any], said: str) -> None:
 
 
 def test_an_image_size_that_cannot_work_is_refused() -> None:
-    for size in (-3, (224, 0), (1, 2, 3)):
+    sizes: list[Any] = [-3, (224, 0), (1, 2, 3), 0.5, True, 0]
+    for size in sizes:
         with pytest.raises(CheckpointError, match="image_size"):
             read_settings(None, "ViTImageProcessor", size)
 
@@ -264,9 +270,9 @@ def test_the_source_is_left_alone_and_need_not_be_writable_or_contiguous() -> No
     image = picture("small")
     before = image.copy()
     image.flags.writeable = False
-    preprocess = Preprocessor(read_settings(None, "LevitImageProcessor"))
-    assert np.array_equal(preprocess(Pixels(image[::-1, ::-1])), preprocess(Pixels(image[::-1, ::-1].copy())))
-    same_size = Preprocessor(PreprocessSettings("none", 150, 97, "bilinear", 150, 97))(Pixels(image))
+    mirrored, copied = Pixels(image[::-1, ::-1]), Pixels(image[::-1, ::-1].copy())
+    assert np.array_equal(crop_of(mirrored, "levit_default"), crop_of(copied, "levit_default"))
+    same_size = crop_by(PreprocessSettings("none", 150, 97, "bilinear", 150, 97), Pixels(image))
     assert np.array_equal(same_size, before)
     assert not np.shares_memory(same_size, image)
     assert np.array_equal(image, before)
@@ -278,7 +284,7 @@ def test_other_filters_are_pillows_and_say_so(resample: Any) -> None:
 
     s = replace(SQUARE, resample=resample, resize_height=20, resize_width=30)
     expected = Image.fromarray(picture("small")).resize((30, 20), Image.Resampling[resample.upper()])
-    assert np.array_equal(Preprocessor(s)(Pixels(picture("small"))), np.asarray(expected))
+    assert np.array_equal(crop_by(s, Pixels(picture("small"))), np.asarray(expected))
     assert describe(s)["backend"] == "pillow uint8 antialiased"
     assert describe(SQUARE)["backend"] == "torch uint8 antialiased"
 

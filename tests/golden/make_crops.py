@@ -2,10 +2,10 @@
 
 Needs torchvision, which is several GB and no part of this project's environment, so it runs in one of its own:
 
-    python3 -m venv /tmp/golden-venv
-    /tmp/golden-venv/bin/pip install torch==2.15.0 torchvision==0.29.2 transformers==5.23.0 pillow==13.0.0 numpy
-    /tmp/golden-venv/bin/python tests/golden/make_crops.py
-    rm -r /tmp/golden-venv
+    python3 -m venv golden-venv
+    golden-venv/bin/pip install torch==2.15.0 torchvision==0.29.2 transformers==5.23.0 pillow==13.0.0 numpy
+    golden-venv/bin/python tests/golden/make_crops.py
+    rm -r golden-venv
 
 For each configuration and picture it stores the SHA-256 of the uint8 crop (H, W, 3) and of the float32 result
 (3, H, W), both in C order, and every sixteenth pixel of the crop to look at when they differ; a few crops are stored
