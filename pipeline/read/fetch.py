@@ -38,3 +38,15 @@ def fetch_in_order(
             yield first, future.result()
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
+
+
+def read_ahead(chunks: Iterator[bytes]) -> Iterator[bytes]:
+    """The same chunks, the next one always under way: a store's answer does not wait for what is done with the last."""
+    pool = ThreadPoolExecutor(1, thread_name_prefix="read")
+    try:
+        future = pool.submit(next, chunks, None)
+        while (chunk := future.result()) is not None:
+            future = pool.submit(next, chunks, None)
+            yield chunk
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)

@@ -81,7 +81,7 @@ class ParquetRows(SourceSettings):
         if not self.keep:
             return pa.schema([])
         with input_exists():
-            footer = next(read_footers(self.store, self._entries()[:1], self.image))
+            footer = next(read_footers(self.store, self.store.expand(self.uris[:1])[:1], self.image))
         return pa.schema(kept_fields(self.kept, footer.schema, footer.entry.uri))
 
     def _entries(self) -> list[Entry]:

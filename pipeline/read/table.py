@@ -81,7 +81,7 @@ class Table(SourceSettings):
         if all(column.type_name for column in self.kept):
             return pa.schema([column.field() for column in self.kept])
         with input_exists():
-            entry = self._entries()[0]
+            entry = self.store.expand(self.uris[:1])[0]
             return pa.schema(self._format(entry.uri).fields(self.store, entry, self.kept))
 
     def _entries(self) -> list[Entry]:

@@ -22,6 +22,7 @@ from pydantic import Field, field_validator
 
 from pipeline.read import PartLimits
 from pipeline.read.byte_source import ByteSource, ChunkBytes, RangedBytes
+from pipeline.read.fetch import read_ahead
 from pipeline.read.gzip import MAGIC as GZIP_MAGIC
 from pipeline.read.gzip import GzipBytes
 from pipeline.read.keep import Kept, convert_all, to_valid_text
@@ -310,9 +311,9 @@ def _open(store: Store, piece: Piece) -> tuple[ByteSource, bool]:
     """A piece's bytes, decompressed where they begin as gzip does, and whether they reach the end of the file."""
     if piece.stop is not None:
         entry = entry_of_slice(store, piece, piece.stop)
-        chunks = store.stream(piece.uri, piece.start, piece.stop, expect=entry)
+        chunks = read_ahead(store.stream(piece.uri, piece.start, piece.stop, expect=entry))
         return ChunkBytes(chunks, piece.start, piece.stop), piece.stop == entry.size_bytes
-    chunks = store.stream(piece.uri, expect=entry_of_whole(piece))
+    chunks = read_ahead(store.stream(piece.uri, expect=entry_of_whole(piece)))
     first = next(chunks, b"") or store.read(piece.uri, expect=entry_of_whole(piece))  # an empty file may have grown
     chunks = itertools.chain([first], chunks)
     if first.startswith(GZIP_MAGIC):

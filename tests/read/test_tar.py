@@ -19,7 +19,7 @@ from pipeline.read.byte_source import ChunkBytes, RangedBytes
 from pipeline.read.gzip import GzipBytes
 from pipeline.read.tar import BLOCK, Archive, Damage, Member, find_header, parse_header, parse_number, parse_records
 from pipeline.storage import Entry, Store
-from tests.read.broken_shards import images, jpeg, overwrite, tar
+from tests.read.broken_shards import PLAIN, images, jpeg, overwrite, tar, with_checksum
 
 LIMIT = 1 << 20
 FORMATS = [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT]
@@ -56,7 +56,7 @@ def test_long_names_in_each_format(format: int) -> None:
     assert [item.name for item in members(tar([(name, b"x") for name in names], format))] == names
 
 
-def test_pax_headers_speak_for_one_member_or_for_all_that_follow() -> None:
+def test_pax_headers_speak_for_one_member() -> None:
     sink = io.BytesIO()
     with tarfile.open(fileobj=sink, mode="w", format=tarfile.PAX_FORMAT, pax_headers={"comment": "all"}) as archive:
         for size in (3, 4):
@@ -67,6 +67,22 @@ def test_pax_headers_speak_for_one_member_or_for_all_that_follow() -> None:
         ("é3.jpg", 3),
         ("é4.jpg", 4),
     ]
+
+
+def test_a_global_pax_header_speaks_for_all_members() -> None:
+    sink = io.BytesIO()
+    with tarfile.open(fileobj=sink, mode="w", format=tarfile.PAX_FORMAT, pax_headers={"path": "all.jpg"}) as archive:
+        for name in ("a.jpg", "b.jpg"):
+            archive.addfile(tarfile.TarInfo(name))
+    assert [item.name for item in members(sink.getvalue())] == ["all.jpg", "all.jpg"]
+
+
+@pytest.mark.parametrize("type_", [tarfile.LNKTYPE, tarfile.SYMTYPE, tarfile.DIRTYPE, tarfile.FIFOTYPE])
+def test_the_size_of_what_has_no_body_is_no_length(type_: bytes) -> None:
+    info = tarfile.TarInfo("x.jpg")
+    info.type, info.size = type_, 700
+    names = [item.name.rstrip("/") for item in members(info.tobuf(tarfile.USTAR_FORMAT) + PLAIN)]
+    assert names[:2] == ["x.jpg", "000.jpg"]
 
 
 def test_a_pax_size_overrides_the_header() -> None:
@@ -101,7 +117,7 @@ def test_old_gnu_sparse_files_are_passed_over_whole() -> None:
     header[148:156] = b"%06o\0 " % (sum(header[:148]) + sum(header[156:]) + 256)
     extension = bytes(504) + b"\1" + bytes(7) + bytes(512)
     data = bytes(header) + extension + bytes(1024) + tar([("a.jpg", b"a")])
-    assert [(m.name, m.kind) for m in members(data) if isinstance(m, Member)] == [
+    assert [(item.name, getattr(item, "kind", "damage")) for item in members(data)] == [
         ("s.jpg", "sparse"),
         ("a.jpg", "file"),
     ]
@@ -175,16 +191,23 @@ def mutate(data: bytes, rng: random.Random) -> bytes:
 
 
 def mutate_once(data: bytes, at: int, length: int, rng: random.Random) -> bytes:
-    kind = rng.choice(["flip", "zero", "noise", "drop", "insert", "cut", "double", "header"])
+    kind = rng.choice(["flip", "zero", "noise", "drop", "insert", "cut", "double", "header", "resize"])
     if kind == "flip":
         return overwrite(data, at, bytes([data[at] ^ (1 << rng.randrange(8))]))
     if kind == "header":
         return overwrite(data, at // BLOCK * BLOCK + rng.randrange(BLOCK), rng.randbytes(3))[: len(data)]
+    if kind == "resize" and (start := find_header(data[at:])) is not None:
+        header = overwrite(
+            data[at + start :][:BLOCK], 124, b"%011o\0" % rng.choice([0, 512, 1024, 2048, length, 1 << 32])
+        )
+        return overwrite(data, at + start, with_checksum(header))
     if kind in ("zero", "noise"):
         return overwrite(data, at, bytes(length) if kind == "zero" else rng.randbytes(length))[: len(data)]
     if kind == "insert":
         return data[:at] + rng.randbytes(length) + data[at:]
-    return data[:at] + data[{"drop": at + length, "cut": len(data), "double": max(0, at - length)}[kind] :]
+    return (
+        data[:at] + data[{"drop": at + length, "resize": at, "cut": len(data), "double": max(0, at - length)}[kind] :]
+    )
 
 
 def test_a_header_is_found_across_window_borders(monkeypatch: pytest.MonkeyPatch) -> None:

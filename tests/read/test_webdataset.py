@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import random
 import tarfile
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from pipeline.read import PartLimits, read_part
 from pipeline.read.webdataset import WebDataset
 from pipeline.schema import Part, Reject, Row
 from tests.read.broken_shards import PLAIN, end_of_members, images, jpeg, overwrite, tar
+from tests.read.test_tar import mutate
 
 
 def source_of(tmp_path: Path, data: bytes, name: str = "a.tar", **options: Any) -> WebDataset:
@@ -161,6 +163,15 @@ def test_a_large_gzipped_tar_is_not_split(tmp_path: Path) -> None:
         assert [len(items) for items in read_all(source, PartLimits(rows=1))] == [4]
 
 
+def test_a_large_tar_with_a_global_header_that_matters_is_not_split(tmp_path: Path) -> None:
+    path = tmp_path / "a.tar"
+    for records, count in (({"comment": "x"}, 4), ({"size": "0"}, 1)):
+        with tarfile.open(path, "w", format=tarfile.PAX_FORMAT, pax_headers=records) as archive:
+            for i in range(4):
+                archive.addfile(tarfile.TarInfo(f"{i}.jpg"))
+        assert len(read_all(WebDataset(uris=(str(path),), split_above_bytes=1), PartLimits(rows=1))) == count
+
+
 def test_small_tars_are_grouped_without_being_opened(tmp_path: Path) -> None:
     for i in range(10):
         (tmp_path / f"{i}.tar").write_bytes(b"no tar, " * 1000)
@@ -175,3 +186,22 @@ def test_a_shard_named_twice_is_read_once(tmp_path: Path) -> None:
     source = source_of(tmp_path, tar(images()))
     twice = WebDataset(uris=(*source.uris, str(tmp_path / "*.tar")))
     assert list(twice.plan(PartLimits())) == list(source.plan(PartLimits()))
+
+
+@settings(max_examples=80, deadline=None)
+@given(seed=st.integers(0, 2**32))
+def test_fuzz_split(tmp_path_factory: pytest.TempPathFactory, seed: int) -> None:
+    """Whatever is done to a tar: each part yields the rows that were planned, and splitting loses no image."""
+    rng = random.Random(seed)
+    names = [f"{i}.{extension}" for i in range(8) for extension in ("jpg", "json")]
+    data = mutate(tar([(name, rng.randbytes(rng.randrange(2000))) for name in names]), rng)
+    folder = tmp_path_factory.mktemp("fuzz")
+    unsplit = source_of(folder, data)
+    whole = [item for i, pieces in enumerate(unsplit.plan(PartLimits())) for item in unsplit.read(Part(i, pieces))]
+    source = source_of(folder, data, "b.tar", split_above_bytes=1)
+    parts = [Part(i, pieces) for i, pieces in enumerate(source.plan(PartLimits(rows=2)))]
+    read = [list(source.read(part)) for part in parts]
+    assert all(part.rows in (None, len(items)) for part, items in zip(parts, read, strict=True))
+    assert all([item.row for item in items] == list(range(len(items))) for items in read)
+    rows = [(i.key, i.image) for items in read for i in items if isinstance(i, Row)]
+    assert rows == [(i.key, i.image) for i in whole if isinstance(i, Row)]
