@@ -112,8 +112,8 @@ def _turbo(view: memoryview, colorspace: str, salvage: bool) -> tuple[Rgb, tuple
     except ValueError as error:
         if salvage:
             return simplejpeg.decode_jpeg(view, colorspace, strict=False), ("salvaged",)
-        whole = bytes(view).rfind(b"\xff\xd9") > 0
-        raise Refused("corrupt_data" if whole else "truncated", f"JPEG: {error}") from error
+        cut = "Premature end of JPEG file" in str(error) or b"\xff\xd9" not in bytes(view)
+        raise Refused("truncated" if cut else "corrupt_data", f"JPEG: {error}") from error
 
 
 def _pillow_jpeg(view: memoryview, policy: DecodePolicy) -> Rgb:

@@ -65,6 +65,11 @@ def with_segment(jpeg: bytes, marker: int, body: bytes) -> bytes:
     return jpeg[:2] + struct.pack(">BBH", 0xFF, marker, len(body) + 2) + body + jpeg[2:]
 
 
+def with_thumbnail(jpeg: bytes) -> bytes:
+    """EXIF that carries a whole small JPEG, end marker included."""
+    return with_segment(jpeg, 0xE1, exif(1) + encode(picture(16, 24), "JPEG"))
+
+
 def segment(jpeg: bytes, *markers: int) -> tuple[int, int]:
     """Where the first segment with one of the markers begins and ends."""
     position = 2
@@ -165,6 +170,8 @@ def _jpegs() -> list[OddImage]:
         OddImage("jpeg_cut_in_header", JPEG[:200], "truncated"),
         OddImage("jpeg_cut_before_scan", JPEG[: SCAN + 4], "truncated"),
         OddImage("jpeg_cut_in_half", JPEG[:MIDDLE], "truncated"),
+        OddImage("jpeg_with_thumbnail", with_thumbnail(JPEG)),
+        OddImage("jpeg_with_thumbnail_cut", with_thumbnail(JPEG)[:-900], "truncated"),
         OddImage("jpeg_progressive_cut", PROGRESSIVE[: len(PROGRESSIVE) * 2 // 3], "truncated"),
         OddImage("jpeg_no_end_marker", JPEG[:-2], "truncated"),
         OddImage("jpeg_cmyk_cut", encode(CMYK, "JPEG")[:-300], "truncated"),
