@@ -151,6 +151,8 @@ def test_defaults_equal_the_reference_classes(processor: str) -> None:
         ({"image_processor_type": "BeitImageProcessor", "size": {"height": 64, "width": 96, "shortest_edge": None},
           "crop_pct": 0.9, "do_reduce_labels": True, "reduce_labels": True, "do_convert_rgb": None, "rescale": 1},
          ("exact", 64, 96, "bicubic", None, None)),
+        ({"image_processor_type": "LevitImageProcessor", "size": None, "resample": None, "do_center_crop": None},
+         ("shortest_edge", 256, 256, "bicubic", 224, 224)),
         ({"image_processor": {"image_processor_type": "BitImageProcessor", "size": 300}, "processor_class": "X"},
          ("shortest_edge", 300, 300, "bicubic", 224, 224)),
     ],
@@ -182,6 +184,7 @@ def test_scale_mean_and_std() -> None:
         ("bit_padded", 450, ("shortest_edge", 400, (450, 450))),
         ("beit_ade", (512, 384), ("exact", 512, (512, 384))),
         ("beit_cropped", 448, ("exact", 512, (448, 448))),
+        ("bit_padded", 101, ("shortest_edge", 89, (101, 101))),  # 89.8
         ("bit_padded", 1, ("shortest_edge", 1, (1, 1))),
         ("vit_msn", 98, ("exact", 98, (98, 98))),
     ],
