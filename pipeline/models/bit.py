@@ -132,7 +132,7 @@ class Stage:
     outputs: int
     depth: int
     stride: int
-    dilations: tuple[int, ...]  # of each block's 3x3 convolution
+    dilations: tuple[int, ...]  # of each block's 3x3 convolution, in `bottleneck` models only
 
     @property
     def middle(self) -> int:
@@ -146,7 +146,7 @@ def _stages(s: Settings) -> Iterator[Stage]:
         if reached_stride >= s.output_stride:
             stride, dilation = 1, dilation * stride
         first_dilation = 1 if dilation in (1, 2) else 2
-        dilations = (1,) * depth if s.preactivation else (first_dilation, *(dilation,) * (depth - 1))
+        dilations = (first_dilation, *(dilation,) * (depth - 1))
         outputs = round_width(width * s.width_factor)
         yield Stage(inputs, outputs, depth, stride, dilations)
         inputs, reached_stride = outputs, reached_stride * stride

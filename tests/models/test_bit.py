@@ -20,6 +20,7 @@ from transformers import BitBackbone, BitConfig, BitForImageClassification, BitM
 
 from pipeline.errors import CheckpointError
 from pipeline.models import bit
+from pipeline.models.checkpoint import read_json
 from pipeline.models.group_norm import native_library
 from tests.models import oracle
 
@@ -289,7 +290,7 @@ CONFIGS: list[dict[str, Any]] = [
 def test_config_is_read_field_by_field(said: dict[str, Any], tmp_path: Path) -> None:
     config = BitConfig(**said)
     config.save_pretrained(tmp_path)
-    read = bit.read_settings(oracle.read_json(tmp_path / "config.json"), (48, 64))
+    read = bit.read_settings(read_json(tmp_path / "config.json"), (48, 64))
     assert read == bit.read_settings({**said, "id2label": config.id2label}, (48, 64)), "defaults are the reference's"
     for field in dataclasses.fields(bit.Settings):
         if field.name != "input_size":
