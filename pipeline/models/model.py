@@ -8,6 +8,7 @@ from __future__ import annotations
 import difflib
 import importlib
 import re
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -63,9 +64,9 @@ class Model:
         """uint8 crops of the model's size -> the wanted features in float32, on the model's device. `inputs` are the
         backbone's further ones (`mask_BN`), tensors or arrays."""
         self.refuse_unknown(wants)
-        pixels_BHWC = torch.as_tensor(x_BHWC).to(self.device, non_blocking=True)
+        pixels_BHWC = _tensor(x_BHWC).to(self.device, non_blocking=True)
         self._refuse_other_sizes(pixels_BHWC)
-        extra = {name: torch.as_tensor(value).to(self.device) for name, value in inputs.items()}
+        extra = {name: _tensor(value).to(self.device) for name, value in inputs.items()}
         with torch.inference_mode():
             x_BCHW = normalize_on_device(pixels_BHWC, self.card.preprocess, self.dtype)
             features = self.backbone(x_BCHW, wants, **extra)
@@ -159,7 +160,8 @@ def load_model(
     fast: bool = True,
 ) -> Model:
     """See `pipeline.models.load_model`."""
-    kind, place = _dtype(dtype, device), torch.device(device)
+    place = _device(device)
+    kind = _dtype(dtype, device)
     opened = open_checkpoint(model, name, image_size, weights, storage_options)
     card = opened.card()
     return Model(card, opened.filled(kind, place, fast), kind, place)
@@ -230,6 +232,26 @@ def _dtype(dtype: str, device: str) -> torch.dtype:
         known = ("auto", *get_args(Dtype))
         raise InputError(f"unknown dtype `{dtype}`", known=known, hint=nearest(dtype, known))
     return cast(torch.dtype, getattr(torch, name))
+
+
+def _device(device: str) -> torch.device:
+    """Raises InputError for a device that is not here. On GPUs, float32 is made to mean float32."""
+    try:
+        place = torch.device(device)
+        torch.empty(1, device=place)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        first = str(error).splitlines()[0]
+        raise InputError(f"device `{device}` cannot be used: {first}", hint="leave it out, or say `cpu`") from None
+    if place.type == "cuda":  # convolutions would use TF32, whose 10 bits break the promise of 1e-5
+        torch.backends.cudnn.allow_tf32 = False
+    return place
+
+
+def _tensor(value: Any) -> Tensor:
+    """Arrays as they are; Ray's are read-only, which torch warns of, but nothing here writes to them."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
+        return torch.as_tensor(value)
 
 
 def _family(model_type: str) -> Family:

@@ -132,6 +132,21 @@ def test_dtypes(folder: Path) -> None:
         load_model(str(folder), dtype="float23")
 
 
+@pytest.mark.parametrize("device", ["gpu", "cuda:99", ""])
+def test_a_device_that_is_not_here(device: str, folder: Path) -> None:
+    with pytest.raises(InputError, match=f"device `{device}` cannot be used"):
+        load_model(str(folder), device=device)
+
+
+@pytest.mark.filterwarnings("error")
+def test_pixels_may_be_read_only_and_stay_as_they_are(model: Model) -> None:
+    pixels = noise(64, 64)[None]
+    pixels.flags.writeable = False
+    before = pixels.copy()
+    model.forward_pixels(pixels, frozenset({"pooled"}))
+    assert np.array_equal(pixels, before)
+
+
 def test_plain_and_fast_agree(folder: Path, model: Model) -> None:
     wants, pixels = frozenset(model.card.gives), noise(64, 64)[None]
     plain = load_model(str(folder), fast=False).forward_pixels(pixels, wants)
