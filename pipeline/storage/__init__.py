@@ -18,7 +18,7 @@ from __future__ import annotations
 import os
 import re
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field, fields
@@ -35,7 +35,7 @@ from pipeline.storage.s3_client import S3Options
 
 __all__ = ["Entry", "Store", "join", "redact", "resolve"]
 
-S3_OPTIONS = {option.name: option.type for option in fields(S3Options)}
+S3_OPTIONS = {option.name: type(option.default) for option in fields(S3Options)}
 CREDENTIALS = {"key", "secret", "token", "password", "username", "access_key", "secret_key", "aws_access_key_id"}
 FEW_NAMES = 8  # up to so many names of one folder are looked up one by one
 CHAINED = re.compile(r"^\w+::\w+://|://.*::\w+://")  # fsspec's zip://a.jpg::s3://b/k.zip
@@ -52,8 +52,13 @@ class Store:
 
     def __post_init__(self) -> None:
         for name, value in self.options.items():
-            if name not in S3_OPTIONS and not isinstance(value, Mapping):
+            if isinstance(value, Mapping) and name not in ("s3", *S3_OPTIONS):
+                continue  # another driver's
+            if name not in S3_OPTIONS:
                 raise _unknown_option(name)
+            wanted = S3_OPTIONS[name]
+            if not isinstance(value, (int, float) if wanted is float else wanted):
+                raise InputError(f"storage option `{name}`: not of type {wanted.__name__}: `{value}`")
 
     def expand(self, uris: Sequence[str]) -> list[Entry]:
         """Braces (`{000..127}`, `{a,b}`) and globs to the files they name, sorted by URI, each once.
@@ -99,11 +104,16 @@ class Store:
         expect: Entry | None = None,
         chunk_bytes: int = 8 << 20,
     ) -> Iterator[bytes]:
-        """`read` in chunks, each checked against the same version of the object; memory is bounded by `chunk_bytes`."""
+        """`read` in chunks, each checked against the same version of the object. Of a remote store the next chunk is
+        fetched while the caller works on one, so two are held at a time."""
         entry = expect or self.stat(uri)
         end = entry.size_bytes if stop is None else min(stop, entry.size_bytes)
-        for at in range(start, end, chunk_bytes):
-            yield self.read(entry.uri, at, min(at + chunk_bytes, end), expect=entry)
+        starts = range(start, end, chunk_bytes)
+
+        def chunk(at: int) -> bytes:
+            return self.read(entry.uri, at, min(at + chunk_bytes, end), expect=entry)
+
+        yield from map(chunk, starts) if len(starts) < 2 or not scheme_of(entry.uri) else _ahead(chunk, starts)
 
     def open(self, uri: str, *, expect: Entry | None = None) -> BinaryIO:
         """A seekable file for pyarrow.parquet, pinned to one version. Raises NotFound, AccessDenied, StorageError."""
@@ -160,7 +170,8 @@ class Store:
         if not scheme:
             return Disk()
         if scheme == "s3":
-            return S3(S3Options(**{name: value for name, value in self.options.items() if name in S3_OPTIONS}))  # type: ignore[arg-type]
+            chosen: dict[str, Any] = {name: self.options[name] for name in S3_OPTIONS if name in self.options}
+            return S3(S3Options(**chosen))
         options: Any = self.options.get(scheme, {})
         return Remote(scheme, options)
 
@@ -217,6 +228,16 @@ class Store:
             )
             return InputError(message, hint=hint or _files_there(folder, siblings))
         return InputError(message)
+
+
+def _ahead(read: Callable[[int], bytes], starts: Sequence[int]) -> Iterator[bytes]:
+    """What `read` makes of each start, one ahead of the caller."""
+    with ThreadPoolExecutor(1) as pool:
+        coming = pool.submit(read, starts[0])
+        for start in starts[1:]:
+            chunk, coming = coming.result(), pool.submit(read, start)
+            yield chunk
+        yield coming.result()
 
 
 def resolve(uri: str) -> str:

@@ -20,6 +20,10 @@ T = TypeVar("T")
 
 BUSY_STATUS = {408, 429, 500, 502, 503, 504}
 REFUSED_UNDONE = {409, 429, 503}  # the store says that it did not do it; 500 and 504 leave that open
+UNDONE_CODES = {  # some of them come with status 400
+    "BadDigest", "ConditionalRequestConflict", "RequestLimitExceeded", "RequestTimeout", "SlowDown", "Throttling",
+    "ThrottlingException", "XAmzContentSHA256Mismatch",
+}  # fmt: skip
 EXPIRED = {"ExpiredToken", "ExpiredTokenException", "InvalidToken", "TokenRefreshRequired", "RequestExpired"}
 UNREACHABLE = {"ClientConnectorError", "ConnectTimeoutError"}  # botocore's EndpointConnectionError is also a reset
 # these leave no doubt that nothing was sent, and no reason to try again
@@ -42,7 +46,7 @@ DENIED = {
     "AccessDenied": "the credentials are good, but may not do this: look at the bucket's policy",
     **dict.fromkeys(EXPIRED, "the credentials have expired: get new ones, then run the same command again"),
 }
-NO_SENSE = {"InvalidBucketName", "ParamValidationError", "InvalidURL", "InvalidEndpointURL"}
+NO_SENSE = {"InvalidBucketName", "ParamValidationError", "InvalidURL", "InvalidUrlClientError", "NonHttpUrlClientError"}
 DRIVERS = (
     "aiobotocore", "aiohttp", "adlfs", "azure", "boto", "botocore", "fsspec", "gcsfs", "google", "http", "requests",
     "s3fs", "ssl", "urllib3",
@@ -69,12 +73,13 @@ class Fault:
     @property
     def is_final(self) -> bool:
         """Nothing was done, and the same request would be refused again."""
-        return self.is_denied or self.code in NO_SENSE or (400 <= self.status < 500 and self.status not in BUSY_STATUS)
+        refused = 400 <= self.status < 500 and self.status not in BUSY_STATUS and self.code not in UNDONE_CODES
+        return self.is_denied or self.code in NO_SENSE or refused
 
     @property
     def is_undone(self) -> bool:
         """The store certainly did not do it, but may do it when asked again."""
-        return self.status in REFUSED_UNDONE or self.code in UNREACHABLE
+        return self.status in REFUSED_UNDONE or self.code in UNREACHABLE or self.code in UNDONE_CODES
 
 
 @dataclass(frozen=True)

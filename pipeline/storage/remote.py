@@ -107,8 +107,11 @@ class Remote:
         )
 
     def delete(self, uri: str) -> None:
-        absent = lambda fault: None if fault.status == 404 else self._refuse(fault, uri)  # noqa: E731
-        self._do(uri, lambda filesystem: filesystem.rm_file(self._path(uri)), absent)
+        self._do(
+            uri,
+            lambda filesystem: filesystem.rm_file(self._path(uri)),
+            lambda fault: None if fault.status == 404 else self._refuse(fault, uri),
+        )
 
     def sweep(self, folder: str, older_than_s: float) -> int:
         return 0

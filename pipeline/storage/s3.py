@@ -56,7 +56,7 @@ class S3:
         request = {"Bucket": bucket, "Key": key, **_condition(start, stop, expect)}
 
         def fetch() -> bytes:
-            answer, data = self._request("get_object", stop - start if stop else 0, request)
+            answer, data = self._request("get_object", None if stop is None else stop - start, request)
             return _checked(uri, answer, data, start, stop, expect)
 
         return persist(fetch, lambda fault: self._no_bytes(fault, uri, expect), self._patience, renew=self._renew)
@@ -108,7 +108,9 @@ class S3:
             renew=self._renew,
         )
 
-    def _request(self, method: str, size_bytes: int, request: Mapping[str, Any]) -> tuple[Mapping[str, Any], bytes]:
+    def _request(
+        self, method: str, size_bytes: int | None, request: Mapping[str, Any]
+    ) -> tuple[Mapping[str, Any], bytes]:
         return send(self.options, method, size_bytes, request)
 
     def _renew(self) -> None:

@@ -28,8 +28,8 @@ class S3Options:
     anon: bool = False
     requester_pays: bool = False
     addressing_style: str = ""  # path | virtual; by default `path` where an endpoint is given
-    connect_timeout_s: float = 5
-    read_timeout_s: float = 30
+    connect_timeout_s: float = 5.0
+    read_timeout_s: float = 30.0
     attempts: int = 8
     backoff_s: float = 0.2
 
@@ -39,14 +39,15 @@ class S3Options:
 
 
 def send(
-    options: S3Options, method: str, size_bytes: int, request: Mapping[str, Any]
+    options: S3Options, method: str, size_bytes: int | None, request: Mapping[str, Any]
 ) -> tuple[Mapping[str, Any], bytes]:
-    """The store's answer and its body. `size_bytes` is what must be moved; it sets the time limit."""
+    """The store's answer and its body. `size_bytes` is what must be moved, None where only the store knows; it sets
+    the time limit of the whole, beside that of each wait."""
     from fsspec.asyn import sync
 
     key = _client_key(options)
     client = _CLIENTS.get(key) or _CLIENTS.setdefault(key, _make_client(options))
-    limit_s = 2 * options.read_timeout_s + size_bytes / SLOWEST_BYTES_PER_S
+    limit_s = None if size_bytes is None else 2 * options.read_timeout_s + size_bytes / SLOWEST_BYTES_PER_S
     answer, data = sync(client.loop, _answer, client, limit_s, method, {**client.req_kw, **request})
     return answer, data
 
@@ -60,7 +61,9 @@ def _client_key(options: S3Options) -> tuple[object, ...]:
     return (os.getpid(), options, *(os.environ.get(name) for name in ENVIRONMENT))
 
 
-async def _answer(client: Any, limit_s: float, method: str, request: dict[str, Any]) -> tuple[Mapping[str, Any], bytes]:
+async def _answer(
+    client: Any, limit_s: float | None, method: str, request: dict[str, Any]
+) -> tuple[Mapping[str, Any], bytes]:
     await client.set_session()  # reads botocore's models: seconds on a busy machine, and not the store's fault
     async with asyncio.timeout(limit_s):
         answer = await client._call_s3(method, **request)

@@ -288,6 +288,11 @@ def test_options_are_checked() -> None:
         Store({"endpoint": "http://x"})
     with pytest.raises(InputError, match="credentials are not options"):
         Store({"secret": "x"})
+    with pytest.raises(InputError, match="`anon`: not of type bool"):
+        Store({"anon": "yes"})
+    with pytest.raises(InputError, match="unknown storage option `s3`"):
+        Store({"s3": {"anon": True}})
+    Store({"gs": {"project": "x"}, "anon": True, "read_timeout_s": 5})
 
 
 def test_schemes_without_a_driver() -> None:
