@@ -46,16 +46,17 @@ class Segmentation(OutputSettings):
     class is taken, the lower id of equal ones. Class names are in the fields' metadata."""
 
     kind: Literal["segmentation"] = "segmentation"
-    name: ColumnName = Field("mask", description="The column, and what the histogram's column begins with.")
+    name: ColumnName = Field(default="mask", description="The column, and what the histogram's column begins with.")
     encoding: Literal["png", "rle"] = Field(
-        "png",
+        default="png",
         description="`png`: a greyscale image of class ids (16 bits where there are more than 256 classes); `rle`: "
         "COCO's compressed run lengths, one entry for each class that is there.",
     )
     size: Literal["source", "model"] = Field(
-        "source", description="`source`: as the source image; `model`: as the model's head gives it, not upsampled."
+        default="source",
+        description="`source`: as the source image; `model`: as the model's head gives it, not upsampled.",
     )
-    histogram: bool = Field(True, description="Write how many pixels each class has.")
+    histogram: bool = Field(default=True, description="Write how many pixels each class has.")
 
     def column_names(self) -> tuple[str, ...]:
         return (self.name, f"{self.name}_histogram") if self.histogram else (self.name,)

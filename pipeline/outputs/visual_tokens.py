@@ -38,18 +38,19 @@ class VisualTokens(OutputSettings):
     best first, and their softmax scores. Without a mask, for every patch."""
 
     kind: Literal["visual_tokens"] = "visual_tokens"
-    name: ColumnName = Field("visual_tokens", description="The column.")
-    top_k: int = Field(1, ge=1, description="How many codes for each patch at most.")
+    name: ColumnName = Field(default="visual_tokens", description="The column.")
+    top_k: int = Field(default=1, ge=1, description="How many codes for each patch at most.")
     mask_ratio: float = Field(
-        0.4,
+        default=0.4,
         ge=0,
         le=1,
         description="Share of the patches that the model does not see, drawn for each image from `seed` and its key; "
         "0: it sees all, and every patch is written.",
     )
-    seed: int = Field(0, ge=0, description="What the masks are drawn from.")
+    seed: int = Field(default=0, ge=0, description="What the masks are drawn from.")
     mask_column: str | None = Field(
-        None, description="A passthrough column with a list of one boolean for each patch, instead of `mask_ratio`."
+        default=None,
+        description="A passthrough column with a list of one boolean for each patch, instead of `mask_ratio`.",
     )
 
     @property
@@ -126,11 +127,11 @@ class VisualTokens(OutputSettings):
 
 
 def drawn(key: str, seed: int, N: int, count: int) -> Mask:
-    """`count` of N patches, drawn from the seed and the image's key alone."""
-    digest = hashlib.sha256(f"{seed}\0{key}".encode()).digest()
-    order_N = np.random.Generator(np.random.PCG64(int.from_bytes(digest[:16], "little"))).permutation(N)
+    """`count` of N patches, drawn from the seed and the image's key alone. From a hash: a random generator's stream may
+    change with its library's version."""
+    draws_N = np.frombuffer(hashlib.shake_256(f"{seed}\0{key}".encode()).digest(8 * N), "<u8")
     mask_N = np.zeros(N, bool)
-    mask_N[order_N[:count]] = True
+    mask_N[np.argsort(draws_N, kind="stable")[:count]] = True
     return mask_N
 
 

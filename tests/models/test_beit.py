@@ -200,14 +200,15 @@ def test_published_at_full_width(entry: Any, tmp_path: Path) -> None:
 
 def test_settings_equal_the_reference_field_by_field(tmp_path: Path) -> None:
     for delta in ONE_AT_A_TIME:
-        reference = BeitConfig(**{**TINY, **delta})
+        reference: Any = BeitConfig(**{**TINY, **delta})
         ours = beit.read_settings(reference.to_dict(), (32, 32))
         for field in set(ours.__dataclass_fields__) - {"input_size"}:
             assert getattr(ours, field) == plain(field, getattr(reference, field), reference), field
 
 
 def test_defaults_equal_the_reference() -> None:
-    assert beit.read_settings({}, (224, 224)) == beit.read_settings(BeitConfig().to_dict(), (224, 224))
+    default: Any = BeitConfig()
+    assert beit.read_settings({}, (224, 224)) == beit.read_settings(default.to_dict(), (224, 224))
 
 
 # --- what is given, and what is not ---
@@ -354,7 +355,7 @@ def test_the_old_default_of_segmentation_indices_does_not_refuse_a_small_classif
 
 
 def make(name: str, config: Mapping[str, Any]) -> Any:
-    return CLASSES[name](BeitConfig(**config, attn_implementation="eager"))
+    return CLASSES[name](BeitConfig(**{**config, "attn_implementation": "eager"}))
 
 
 def check_agrees(
@@ -396,7 +397,7 @@ def masks(config: Mapping[str, Any], name: str, size_HW: tuple[int, int], batch:
 
 def features_of(model: Any, x_BCHW: Tensor, mask_BN: Tensor | None) -> dict[str, Tensor]:
     """What the reference gives, by our names; its own output last."""
-    inputs = {} if mask_BN is None else {"bool_masked_pos": mask_BN}
+    inputs: dict[str, Any] = {} if mask_BN is None else {"bool_masked_pos": mask_BN}
     inputs |= {} if isinstance(model, BeitBackbone) else {"interpolate_pos_encoding": True}
     made = oracle.reference(model, x_BCHW, output_hidden_states=True, output_attentions=True, **inputs)
     features = {f"tokens:{k}": state for k, state in enumerate(made.hidden_states)}
