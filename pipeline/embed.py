@@ -127,11 +127,21 @@ class Embedder:
             sizes_HW=sizes_HW,
             passthrough={name: [row.passthrough.get(name) for row in rows] for name in kept},
         )
-        wants = frozenset().union(*(output.wants(model.card) for output in wanted.outputs))
-        inputs = {k: v for output in wanted.outputs for k, v in output.inputs(model.card, about).items()}
-        features = model.forward_pixels(crops.pixels_BHWC, wants, **inputs)
-        arrays = [array for output in wanted.outputs for array in output.columns(model.card, features, about)]
+        arrays = _output_columns(wanted, model, crops, about)
         return pa.Table.from_arrays([*_base_columns(rows, sizes_HW, schema), *arrays], schema=schema)
+
+
+def _output_columns(wanted: ModelJob, model: Model, crops: Crops, about: BatchRows) -> list[pa.Array]:
+    """The outputs' columns, from one forward pass; an output that changes what the model sees (a mask) has its own."""
+    card, inputs = model.card, [output.inputs(model.card, about) for output in wanted.outputs]
+    pairs = list(zip(wanted.outputs, inputs, strict=True))
+    wants = frozenset[str]().union(*(output.wants(card) for output, own in pairs if not own))
+    shared = model.forward_pixels(crops.pixels_BHWC, wants) if wants else {}
+    arrays = []
+    for output, own in pairs:
+        features = model.forward_pixels(crops.pixels_BHWC, output.wants(card), **own) if own else shared
+        arrays += output.columns(card, features, about)
+    return arrays
 
 
 def result_schema(job: JobSpec, model: ModelJob, card: Card) -> pa.Schema:
