@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 import os
 import pickle
+import warnings
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -49,7 +50,11 @@ def start(job: JobSpec, address: str | None = None) -> Probe:
 def _init(address: str | None) -> None:
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # silences a warning on CPU-only machines
     joined = address or os.environ.get("RAY_ADDRESS")
-    own: dict[str, Any] = {} if joined else {"num_cpus": len(os.sched_getaffinity(0)), "include_dashboard": False}
+    own: dict[str, Any] = {}
+    if not joined:
+        own = {"num_cpus": len(os.sched_getaffinity(0)), "include_dashboard": False}
+        # every pool of restartable actors logs an "error" that is none, in the middle of the progress display
+        os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     try:
         ray.init(address=joined, logging_level=logging.ERROR, log_to_driver=False, **own)
     except (ConnectionError, RuntimeError, ValueError) as error:
@@ -94,7 +99,8 @@ def prepares_apart(work: Work) -> bool:
 
 
 def _actors(dataset: ray.data.Dataset, arguments: list[Any], count: int, cpus: float, gpus: float) -> ray.data.Dataset:
-    # Ray 2.60 has no named parameters yet for the bounds on restarts, and without them it retries for ever
+    # without these bounds Ray restarts for ever; 2.60 knows them only among its deprecated `ray_remote_args`
+    warnings.filterwarnings("ignore", message="`ray_remote_args` is deprecated")
     return dataset.map_batches(
         _Step,
         fn_constructor_args=arguments,

@@ -9,8 +9,10 @@ stage of CPU tasks. A reject leaves a hole in its batch and shifts nothing.
 
 from __future__ import annotations
 
+import ctypes
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -78,6 +80,7 @@ class Embedder:
     def __init__(self, work: Work) -> None:
         from pipeline.models import load_model
 
+        keep_freed_memory()
         self.work = work
         self.models: list[tuple[ModelJob, Model]] = [
             (
@@ -129,6 +132,17 @@ class Embedder:
         )
         arrays = _output_columns(wanted, model, crops, about)
         return pa.Table.from_arrays([*_base_columns(rows, sizes_HW, schema), *arrays], schema=schema)
+
+
+def keep_freed_memory() -> None:
+    """Tell glibc to reuse large blocks instead of returning them: page faults of fresh ones cost up to a third of a
+    forward pass (research: models, 4.3). The process keeps its peak. Does nothing on other C libraries."""
+    trim_threshold, top_pad, mmap_threshold = -1, -2, -3  # M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD of malloc.h
+    with suppress(OSError, AttributeError):
+        mallopt = ctypes.CDLL("libc.so.6").mallopt
+        mallopt(mmap_threshold, 1 << 30)
+        mallopt(trim_threshold, (1 << 31) - 1)
+        mallopt(top_pad, 64 << 20)
 
 
 def _output_columns(wanted: ModelJob, model: Model, crops: Crops, about: BatchRows) -> list[pa.Array]:

@@ -120,10 +120,27 @@ def test_ray_writes_the_same_files_as_one_process(
         assert other == first
 
 
+def upload(shards: str, bucket: str) -> str:
+    folder = Path(shards).parent
+    for path in folder.glob("*.tar"):
+        Store().create(f"{bucket}/in/{path.name}", path.read_bytes())
+    return f"{bucket}/in/{{000..005}}.tar"
+
+
 @pytest.mark.slow
-def test_ray_writes_to_s3(shards: str, checkpoint: Path, s3_bucket: str, ray_cluster: None) -> None:
-    job = small_job(shards, checkpoint, f"{s3_bucket}/out")
-    check(run(job, "ray"), f"{s3_bucket}/out")
+def test_from_s3_to_s3_with_both_runners(shards: str, checkpoint: Path, s3_bucket: str, ray_cluster: None) -> None:
+    remote = upload(shards, s3_bucket)
+    for runner in ("local", "ray"):
+        uri = f"{s3_bucket}/{runner}"
+        check(run(small_job(remote, checkpoint, uri), runner), uri)
+        assert open_results(uri).to_table()["shard"][0].as_py() == f"{s3_bucket}/in/000.tar"
+    assert parts(f"{s3_bucket}/local") == parts(f"{s3_bucket}/ray")
+
+
+@pytest.mark.realstore
+def test_from_and_to_a_real_store(shards: str, checkpoint: Path, realstore_bucket: str) -> None:
+    uri = f"{realstore_bucket}/out"
+    check(run(small_job(upload(shards, realstore_bucket), checkpoint, uri), "local"), uri)
 
 
 @pytest.mark.slow
