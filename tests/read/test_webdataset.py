@@ -14,6 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.read import PartLimits, read_part
+from pipeline.read.samples import Sampler
+from pipeline.read.tar import Member
 from pipeline.read.webdataset import WebDataset
 from pipeline.schema import Part, Reject, Row
 from tests.read.broken_shards import PLAIN, end_of_members, images, jpeg, overwrite, tar
@@ -85,10 +87,12 @@ def test_image_chooses_among_several(tmp_path: Path) -> None:
 
 
 def test_an_endless_sample_is_not_held_whole(tmp_path: Path) -> None:
-    members = [(f"p.{i:03}.jpg", bytes([i]) * 100) for i in range(50)]
+    members = [(f"p.{i:03}.jpg", bytes([i]) * 100) for i in range(49)]
     rows = rows_of(tmp_path, members, max_member_bytes=200)
-    assert [row.key for row in rows] == [name for name, _ in members]
-    assert [row.image for row in rows] == [data for _, data in members]
+    assert [(row.key, row.image) for row in rows] == members
+    sampler = Sampler((), (), max_member_bytes=200)
+    samples = list(sampler.samples(Member(name, "file", len(data), 0, data) for name, data in members))
+    assert max(len(sample.members) for sample in samples) == 4 and len(samples[-1].members) == 1
 
 
 def test_rows_beside_damage_say_so(tmp_path: Path) -> None:
@@ -97,6 +101,12 @@ def test_rows_beside_damage_say_so(tmp_path: Path) -> None:
     assert [(type(i).__name__, i.key, getattr(i, "warnings", None)) for i in items] == [
         ("Row", "0", ()), ("Row", "1", ("beside_damage",)), ("Reject", "", None), ("Row", "2", ("beside_damage",)),
     ]  # fmt: skip
+
+
+def test_an_image_lost_to_damage_is_one_fault_not_two(tmp_path: Path) -> None:
+    data = tar([m for i in range(3) for m in ((f"{i}.jpg", b"i"), (f"{i}.txt", b"t"))])
+    (items,) = read_all(source_of(tmp_path, overwrite(data, 2048 + 100, b"\xff"), keep=["txt"]))
+    assert [(type(item).__name__, item.key) for item in items] == [("Row", "0"), ("Reject", ""), ("Row", "2")]
 
 
 def test_damage_says_where_and_how_much(tmp_path: Path) -> None:
