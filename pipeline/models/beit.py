@@ -291,6 +291,14 @@ class Beit(nn.Module):
     def pools(self) -> bool:
         return self.pool_norm is not None or not self.settings.use_mean_pooling
 
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What a user should know that the list of features does not say."""
+        never = "its pooling norm was never trained, so there is no `pooled`; `pooled:cls` and `pooled:mean` do without"
+        auxiliary = "its auxiliary segmentation head, which only training reads, is not loaded"
+        has_auxiliary = self.head is not None and self.settings.use_auxiliary_head
+        return (() if self.pools else (never,)) + ((auxiliary,) if has_auxiliary else ())
+
     def _map_shapes(self, h: int, w: int) -> Iterator[tuple[str, tuple[int, ...]]]:
         s = self.settings
         if not s.add_fpn:

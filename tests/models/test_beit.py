@@ -233,6 +233,7 @@ def test_pooled_needs_a_pooling_norm_that_was_trained(tmp_path: Path) -> None:
     assert "pooled" not in masked.gives() and {"pooled:cls", "pooled:mean"} <= masked.gives().keys()
     with pytest.raises(OutputUnavailable, match="does not give `pooled`"):
         oracle.run(masked, oracle.pixels(size_HW=(32, 32)), "pooled")
+    assert "never trained" in masked.notes[0]  # type: ignore[attr-defined]
     classifier = oracle.ours(oracle.saved(make("BeitForImageClassification", TINY), tmp_path / "classes"))
     assert "pooled" in classifier.gives() and "segmentation" not in classifier.gives()
 
