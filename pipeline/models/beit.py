@@ -255,12 +255,13 @@ class Beit(nn.Module):
         super().__init__()
         s = self.settings = settings
         has_lm_head, has_decoder = "lm_head.weight" in names, "decode_head.classifier.weight" in names
+        has_pool_norm = s.use_mean_pooling and {"pooler.layernorm.weight", "classifier.weight"} & names
         self.embed: Embed | FastEmbed = Embed(s)
         self.shared_bias = RelativeBias(s) if s.use_shared_relative_position_bias else None
         self.blocks = nn.ModuleList(Block(s) for _ in range(s.num_hidden_layers))
         self.norm = _layer_norm(s) if has_lm_head or not s.use_mean_pooling else None
         self.encoder_norm = _layer_norm(s) if has_lm_head and not s.use_mean_pooling else None
-        self.pool_norm = _layer_norm(s) if "pooler.layernorm.weight" in names and s.use_mean_pooling else None
+        self.pool_norm = _layer_norm(s) if has_pool_norm else None
         self.classifier = nn.Linear(s.hidden_size, s.num_labels) if "classifier.weight" in names else None
         self.lm_head = nn.Linear(s.hidden_size, s.vocab_size) if has_lm_head else None
         self.neck = Neck(s.hidden_size) if has_decoder or (s.add_fpn and NECK_NAMES & names) else None

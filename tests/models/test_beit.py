@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import (
     BeitBackbone,
@@ -350,6 +351,35 @@ def test_segmentation_needs_four_stages_and_a_grid_to_halve() -> None:
 def test_the_old_default_of_segmentation_indices_does_not_refuse_a_small_classifier() -> None:
     config = {**TINY, "out_indices": None, "segmentation_indices": [3, 5, 7, 11]}
     assert beit.read_settings(config, (32, 32)).out_indices == (4,)
+
+
+INDEX = "beit.encoder.layer.0.attention.attention.relative_position_bias.relative_position_index"
+
+
+@pytest.mark.parametrize(
+    ("gone", "added", "message"),
+    [
+        ("", INDEX, ""),
+        ("", "auxiliary_head.conv_cat.convolution.weight", ""),
+        ("beit.pooler.layernorm.weight", "", "1 missing: pooler.layernorm.weight"),
+        ("beit.encoder.layer.2.lambda_2", "", "1 missing: encoder.layer.2.lambda_2"),
+        ("", "beit.encoder.layer.0.attention.attention.key.bias", "attention.key.bias"),
+        ("", "lm_head.bias", "1 unexpected: lm_head.bias"),
+        ("", "decode_head.bottleneck.bn.weight", "1 unexpected"),
+    ],
+)
+def test_files_that_do_not_fit_are_refused(gone: str, added: str, message: str, tmp_path: Path) -> None:
+    file = oracle.saved(make("BeitForImageClassification", TINY), tmp_path) / "model.safetensors"
+    tensors = load_file(file)
+    tensors = {name: tensor for name, tensor in tensors.items() if name != gone}
+    assert len(tensors) == len(load_file(file)) - bool(gone)
+    save_file(tensors | ({added: torch.zeros(32)} if added else {}), file)
+    if not message:
+        assert "logits" in oracle.ours(tmp_path).gives()
+        return
+    with pytest.raises(CheckpointError) as error:
+        oracle.ours(tmp_path)
+    assert message in str(error.value)
 
 
 # --- the oracle's side ---
