@@ -175,19 +175,10 @@ def _rejects(arguments: argparse.Namespace) -> int:
 
 
 def _models(arguments: argparse.Namespace) -> int:
-    from importlib import import_module
+    from pipeline.catalogue import lines
 
-    from pipeline.models import FAMILIES
-
-    print(f"{'published as':44} {'family':8} {'params M':>9} {'GMACs':>8} {'input':>6}  accuracy")
-    for family, module in FAMILIES.items():
-        loaded = import_module(module)
-        for known in loaded.PUBLISHED:
-            print(
-                f"{known.repo:44} {family:8} {known.parameters / 1e6:9.2f} {known.gmacs:8.2f} {known.image_size:6}"
-                f"  {known.accuracy}"
-            )
-        print(f"  {family}: `embedding` is {loaded.EMBEDDING}")
+    for line in lines():
+        print(line)
     return DONE
 
 

@@ -26,7 +26,7 @@ LAYERS = [
     {"embed", "write", "commit"},
     {"local", "cluster"},
     {"driver"},
-    {"results", "verify", "progress"},
+    {"results", "verify", "progress", "catalogue"},
     {"cli"},
 ]
 WITHIN = {
