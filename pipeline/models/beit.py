@@ -733,6 +733,8 @@ def fold(module: Beit, dtype: torch.dtype) -> Beit:
 
 
 class FastBeit(Beit):
+    """Keeps nothing of the plain module but what a new input size is computed from."""
+
     def __init__(self, plain: Beit, dtype: torch.dtype) -> None:
         nn.Module.__init__(self)
         self.settings = plain.settings
@@ -755,7 +757,8 @@ class FastEmbed(nn.Module):
 
     def __init__(self, plain: Embed, dtype: torch.dtype) -> None:
         super().__init__()
-        self.plain, self.dtype, self.patch_size = [plain], dtype, plain.patch_size
+        self.dtype, self.patch_size = dtype, plain.patch_size
+        self.plain = [plain]  # in a list, or it would be a part of this module
         self.patches = fused_linear(plain.patches.weight.flatten(1).to(dtype), _to(plain.patches.bias, dtype))
         self.mask_token = _to(plain.mask_token, dtype)
         self.kept: tuple[tuple[int, int], Tensor, Tensor | None] | None = None
@@ -815,9 +818,8 @@ class BiasCache:
         self.dtype, self.heads = dtype, plain.settings.num_attention_heads
         shared = [] if plain.shared_bias is None else [plain.shared_bias]
         own = [block.bias for block in plain.layers() if block.bias is not None]
-        self.sources = [[*shared, bias] for bias in own] or [
-            shared
-        ]  # one entry where the layers have none of their own
+        # one entry where the layers have none of their own
+        self.sources = [[*shared, bias] for bias in own] or [shared]
         self.grid, self.tables_HR, self.made = (0, 0), list[Tensor](), list[Tensor]()
 
     def of_grid(self, grid: tuple[int, int]) -> Callable[[int], Tensor | None]:
