@@ -124,14 +124,14 @@ class Embedder:
             return schema.empty_table()
         rows = [prepared.rows[i] for i in crops.kept]
         sizes_HW = [prepared.sizes_HW[i] for i in crops.kept]
-        kept = self.work.job.input.passthrough().names
+        kept = self.work.job.input.passthrough()
         about = BatchRows(
             keys=[row.key for row in rows],
             sizes_HW=sizes_HW,
-            passthrough={name: [row.passthrough.get(name) for row in rows] for name in kept},
+            passthrough={name: [row.passthrough.get(name) for row in rows] for name in kept.names},
         )
         arrays = _output_columns(wanted, model, crops, about)
-        return pa.Table.from_arrays([*_base_columns(rows, sizes_HW, schema), *arrays], schema=schema)
+        return pa.Table.from_arrays([*_base_columns(rows, sizes_HW, kept), *arrays], schema=schema)
 
 
 def keep_freed_memory() -> None:
@@ -165,7 +165,7 @@ def result_schema(job: JobSpec, model: ModelJob, card: Card) -> pa.Schema:
     return pa.schema([*base, *job.input.passthrough(), *outputs])
 
 
-def _base_columns(rows: Sequence[Row], sizes_HW: Sequence[tuple[int, int]], schema: pa.Schema) -> list[pa.Array]:
+def _base_columns(rows: Sequence[Row], sizes_HW: Sequence[tuple[int, int]], kept: pa.Schema) -> list[pa.Array]:
     values: dict[str, list[Any]] = {
         "key": [row.key for row in rows],
         "shard": [row.shard for row in rows],
@@ -173,10 +173,8 @@ def _base_columns(rows: Sequence[Row], sizes_HW: Sequence[tuple[int, int]], sche
         "height": [height for height, _ in sizes_HW],
         "warnings": [list(row.warnings) for row in rows],
     }
-    for name in rows[0].passthrough if rows else ():
-        values[name] = [row.passthrough.get(name) for row in rows]
-    columns = [f for f in schema if f.name in values]
-    return [pa.array(values[column.name], column.type) for column in columns]
+    base = [pa.array(values[name], type_) for name, (type_, _) in RESERVED_COLUMNS.items()]
+    return base + [pa.array([row.passthrough.get(column.name) for row in rows], column.type) for column in kept]
 
 
 def _reject(row: Row, stage: str, bad: Bad) -> Reject:
