@@ -47,6 +47,7 @@ DENIED = {
     **dict.fromkeys(EXPIRED, "the credentials have expired: get new ones, then run the same command again"),
 }
 NO_SENSE = {"InvalidBucketName", "ParamValidationError", "InvalidURL", "InvalidUrlClientError", "NonHttpUrlClientError"}
+TELLING = {*UNREACHABLE, *NO_CREDENTIALS, *NO_SENSE}  # classes that say more than what lies below them
 DRIVERS = (
     "aiobotocore", "aiohttp", "adlfs", "azure", "boto", "botocore", "fsspec", "gcsfs", "google", "http", "requests",
     "s3fs", "ssl", "urllib3",
@@ -144,7 +145,7 @@ def _try(action: Callable[[], T]) -> T | _Refused:
         return _Refused(fault_of(error))
 
 
-def _is_drivers(error: Exception) -> bool:
+def _is_drivers(error: BaseException) -> bool:
     return isinstance(error, (OSError, TimeoutError, EOFError)) or type(error).__module__.startswith(DRIVERS)
 
 
@@ -161,8 +162,9 @@ def fault_of(error: BaseException) -> Fault:
     for link in chain:
         if status := _http_status(link):
             return Fault(status, type(link).__name__, str(getattr(link, "message", "")))
-    unreachable = (name for link in chain for name in _class_names(link) if name in UNREACHABLE)
-    return Fault(_builtin_status(error), next(unreachable, type(error).__name__), str(error))
+    root = [link for link in chain if _is_drivers(link)][-1]
+    telling = (name for link in chain for name in _class_names(link) if name in TELLING)
+    return Fault(_builtin_status(root), next(telling, type(root).__name__), str(root))
 
 
 def _http_status(error: BaseException) -> int:

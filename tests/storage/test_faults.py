@@ -16,6 +16,12 @@ from threading import Thread
 from typing import Any
 
 import pytest
+from botocore.exceptions import (  # type: ignore[import-untyped, unused-ignore]
+    ClientError,
+    ConnectTimeoutError,
+    EndpointConnectionError,
+    NoCredentialsError,
+)
 from s3fs.core import S3FileSystem
 
 from pipeline.errors import (
@@ -28,7 +34,8 @@ from pipeline.errors import (
     OutcomeUnknown,
     StorageError,
 )
-from pipeline.storage import Store, join, redact
+from pipeline.storage import Entry, Store, join, redact
+from pipeline.storage.faults import Patience, fault_of, persist
 from tests.s3_proxy import Fault, FaultProxy
 
 DATA = os.urandom(300_000)
@@ -113,6 +120,11 @@ def test_a_short_body_is_never_returned_as_whole(proxy: FaultProxy, there: str) 
         with pytest.raises(StorageError):
             read()
         assert proxy.fired("short") == 3
+
+
+def test_a_changed_object_is_not_even_sent(store: Store, there: str) -> None:
+    with pytest.raises(StorageError, match="now another etag"):  # the store's 412, not our comparison
+        store.read(there, expect=Entry(there, len(DATA), "0" * 32))
 
 
 @pytest.mark.parametrize("kind", PASSING)
@@ -353,8 +365,17 @@ def test_images_over_http(s3_bucket: str, s3_client) -> None:  # type: ignore[no
     assert Store().expand([url])[0].uri == url
     with pytest.raises(InputError, match="cannot be written"):
         Store().create(url, b"x")
-    with pytest.raises(NotFound):
-        Store().read(s3_client.generate_presigned_url("get_object", Params={**signed, "Key": "b"}))
+    for ask in (Store().read, Store().stat):
+        with pytest.raises(NotFound):
+            ask(s3_client.generate_presigned_url("get_object", Params={**signed, "Key": "b"}))
+
+
+def test_a_web_server_that_is_down_is_not_a_missing_image() -> None:
+    """fsspec's http says FileNotFoundError of both; a job must not reject images for it."""
+    for ask in (Store().read, Store().stat, Store().open):
+        with pytest.raises(StorageError, match="no answer") as told:
+            _impatient(ask, "http://127.0.0.1:9/a.jpg")
+        assert not isinstance(told.value, NotFound)
 
 
 def test_a_server_that_ignores_ranges_is_cut_by_us(tmp_path: Path) -> None:
@@ -372,3 +393,59 @@ def test_a_server_that_ignores_ranges_is_cut_by_us(tmp_path: Path) -> None:
 class _Quiet(SimpleHTTPRequestHandler):
     def log_message(self, *_: object) -> None:
         pass
+
+
+def aws(status: int, code: str) -> Exception:
+    error: Exception = ClientError(
+        {"Error": {"Code": code, "Message": "m"}, "ResponseMetadata": {"HTTPStatusCode": status}}, "Op"
+    )
+    return error
+
+
+def caused(outer: Exception, inner: Exception) -> Exception:
+    outer.__cause__ = inner
+    return outer
+
+
+class HttpError(Exception):
+    """As gcsfs has it."""
+
+    code = 412
+
+
+@pytest.mark.parametrize(
+    "error, status, is_final, is_undone",
+    [
+        (aws(503, "SlowDown"), 503, False, True),
+        (aws(500, "InternalError"), 500, False, False),
+        (aws(400, "RequestTimeout"), 400, False, True),
+        (aws(400, "ExpiredToken"), 400, True, False),
+        (aws(400, "AuthorizationHeaderMalformed"), 400, True, False),
+        (aws(404, "NoSuchKey"), 404, True, False),
+        (caused(OSError(22, "m"), aws(412, "PreconditionFailed")), 412, True, False),  # Ceph's, through s3fs
+        (caused(FileExistsError("m"), aws(412, "PreconditionFailed")), 412, True, False),  # AWS's
+        (caused(FileNotFoundError("m"), ConnectionResetError()), 0, False, False),  # fsspec's http
+        (caused(FileNotFoundError("m"), KeyError()), 404, True, False),  # its memory
+        (HttpError(), 412, True, False),
+        (NoCredentialsError(), 0, True, False),
+        (TimeoutError(), 0, False, False),
+        (ConnectionResetError(), 0, False, False),
+        (EndpointConnectionError(endpoint_url="http://x"), 0, False, False),  # aiobotocore's word for a reset, too
+        (ConnectTimeoutError(endpoint_url="http://x"), 0, False, True),
+    ],
+    ids=repr,
+)
+def test_faults_are_told_by_what_the_store_said(error: Exception, status: int, is_final: bool, is_undone: bool) -> None:
+    fault = fault_of(error)
+    assert (fault.status, fault.is_final, fault.is_undone) == (status, is_final, is_undone)
+
+
+def test_a_mistake_of_ours_is_not_a_fault_of_the_store() -> None:
+    with pytest.raises(ZeroDivisionError):
+        persist(lambda: 1 // 0, lambda fault: 0, Patience())
+
+
+def test_patience_ends() -> None:
+    waits = [Patience().after(attempt, fault_of(aws(503, "SlowDown"))) for attempt in range(1, 9)]
+    assert waits[-1] is None and 5 < sum(filter(None, waits)) < 30
+    assert Patience().after(4, fault_of(ConnectTimeoutError(endpoint_url="http://x"))) is None
