@@ -3,7 +3,7 @@
     python infra/bench/model_bit.py [--batch 32] [--size 224] [--threads 2] [--rounds 5] [--json FILE]
 
 Every contestant is a process of its own (allocator settings are a process's), all hold the same seeded weights, and
-they take turns, so that a busy machine slows all of them. Medians of the rounds; the first, which warms up, is not counted.
+they take turns, so that a busy machine slows all of them. Medians of the rounds; the first warms up and is not counted.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ CONTESTANTS = {  # name -> (whose, dtype, the workers' allocator settings)
 }
 BASELINE = "transformers float32"
 Seconds = tuple[float, float]  # wall, CPU
-CONFIG = {"depths": [3, 4, 6, 3], "num_labels": 1000}
+CONFIG: dict[str, Any] = {"depths": [3, 4, 6, 3], "num_labels": 1000}
 
 
 def main() -> None:
@@ -91,22 +91,16 @@ def work(connection: Connection, name: str, folder: Path, options: argparse.Name
 
 
 def _ours(folder: Path, dtype: torch.dtype, x_BCHW: torch.Tensor) -> Callable[[], Any]:
-    from pipeline.models import bit
-    from pipeline.models.checkpoint import read_json, weight_files
+    from pipeline.models import load_model
 
-    weights = weight_files(folder)
-    with torch.device("meta"):
-        settings = bit.read_settings(read_json(folder / "config.json"), (x_BCHW.shape[2], x_BCHW.shape[3]))
-        plain = bit.build(settings, weights.names(bit))
-    weights.fill(plain, bit)
-    model, wants = bit.fold(plain, dtype), frozenset({"logits"})
-    return lambda: model(x_BCHW, wants)
+    loaded = load_model(str(folder), dtype=str(dtype).removeprefix("torch."), image_size=x_BCHW.shape[-1])
+    return lambda: loaded.backbone(x_BCHW, frozenset({"logits"}))
 
 
 def _transformers(folder: Path, dtype: torch.dtype, x_BCHW: torch.Tensor) -> Callable[[], Any]:
     from transformers import BitForImageClassification
 
-    model, x_BCHW = BitForImageClassification.from_pretrained(folder, dtype=dtype).eval(), x_BCHW.to(dtype)
+    model, x_BCHW = BitForImageClassification.from_pretrained(folder, dtype=dtype), x_BCHW.to(dtype)
     return lambda: model(x_BCHW).logits
 
 
