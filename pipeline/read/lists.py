@@ -57,8 +57,8 @@ class List(Protocol):
     def pieces(self, store: Store, entry: Entry, needed: Sequence[str], limits: PartLimits) -> Iterator[Piece]:
         """Runs of at most `limits.rows` records. Raises InputError for a list that cannot be read or lacks a column."""
 
-    def read(self, store: Store, piece: Piece) -> Iterator[tuple[str, Values | Broken]]:
-        """Each record of a piece, with where it lies."""
+    def read(self, store: Store, piece: Piece, needed: Sequence[str]) -> Iterator[tuple[str, Values | Broken]]:
+        """Each record of a piece, with where it lies; at least the needed columns."""
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ class CsvList:
         lines = Lines(store.stream(entry.uri, start, expect=entry), start, entry.uri)
         yield from _runs(entry, start, (lines.position for _ in self._records(lines)), limits)
 
-    def read(self, store: Store, piece: Piece) -> Iterator[tuple[str, Values | Broken]]:
+    def read(self, store: Store, piece: Piece, needed: Sequence[str]) -> Iterator[tuple[str, Values | Broken]]:
         entry = entry_of_slice(store, piece, piece.stop)
         header, _ = self._header(store, entry)
         lines = Lines(store.stream(piece.uri, piece.start, piece.stop, expect=entry), piece.start, piece.uri)
@@ -121,7 +121,7 @@ class JsonList:
         lines = Lines(store.stream(entry.uri, expect=entry), 0, entry.uri)
         yield from _runs(entry, 0, (lines.position for line in lines if line.strip()), limits)
 
-    def read(self, store: Store, piece: Piece) -> Iterator[tuple[str, Values | Broken]]:
+    def read(self, store: Store, piece: Piece, needed: Sequence[str]) -> Iterator[tuple[str, Values | Broken]]:
         entry = entry_of_slice(store, piece, piece.stop)
         lines = Lines(store.stream(piece.uri, piece.start, piece.stop, expect=entry), piece.start, piece.uri)
         where = piece.start
@@ -159,17 +159,17 @@ class ParquetList:
             raise InputError(f"{redact(entry.uri)}: column `{needed[0]}` is {kind}; expected text")
         yield from pieces_of(footer, limits)
 
-    def read(self, store: Store, piece: Piece) -> Iterator[tuple[str, Values | Broken]]:
+    def read(self, store: Store, piece: Piece, needed: Sequence[str]) -> Iterator[tuple[str, Values | Broken]]:
         with store.open(piece.uri, expect=entry_of_slice(store, piece)) as file:
             parquet = open_parquet(file, piece.uri)
-            names = parquet.schema_arrow.names
+            names = list(dict.fromkeys(needed))
             for item in read_rows(parquet, piece.start, piece.stop or parquet.metadata.num_rows, names):
                 if isinstance(item, BrokenRows):
                     for row in range(item.first, item.stop):
                         yield f"row {row}", Broken("shard_damaged", item.message)
                     continue
                 first, batch = item
-                columns = [to_values(column) for column in batch.columns]
+                columns = [to_values(batch.column(name)) for name in names]
                 for row, cells in enumerate(zip(*columns, strict=True), first):
                     yield f"row {row}", dict(zip(names, cells, strict=True))
 

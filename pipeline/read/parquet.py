@@ -120,8 +120,14 @@ class ParquetRows(SourceSettings):
             for item in read_rows(parquet, piece.start, piece.stop or parquet.metadata.num_rows, columns):
                 if isinstance(item, BrokenRows):
                     yield from (("shard_damaged", item.message, f"row {row}") for row in range(item.first, item.stop))
-                else:
-                    yield from self._items(*item)
+                    continue
+                first, batch = item
+                try:
+                    found = list(self._items(first, batch))
+                except ValueError as error:  # values that Python cannot hold
+                    where = range(first, first + batch.num_rows)
+                    found = [("shard_damaged", f"the values cannot be read: {error}", f"row {row}") for row in where]
+                yield from found
 
     def _items(self, first: int, batch: pa.RecordBatch) -> Iterator[Found | Fault]:
         image = batch.column(self.image)

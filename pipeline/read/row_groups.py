@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -14,7 +15,7 @@ import pyarrow.parquet as pq
 from pipeline.errors import Img2ParquetError, InputError, nearest
 from pipeline.read import PartLimits
 from pipeline.read.fetch import fetch_in_order
-from pipeline.read.keep import Kept
+from pipeline.read.keep import Kept, to_valid_text
 from pipeline.schema import Piece
 from pipeline.storage import Entry, Store, redact
 
@@ -51,7 +52,7 @@ def read_footers(store: Store, entries: Iterable[Entry], column: str) -> Iterato
 
 
 def _read_footer(store: Store, column: str, entry: Entry) -> Footer:
-    with store.open(entry.uri, expect=entry) as file:
+    with store.open(entry.uri, expect=entry) as file, _parquet_errors(entry.uri):
         parquet = open_parquet(file, entry.uri)
         metadata = parquet.metadata
         names = [metadata.schema.column(i).path for i in range(metadata.num_columns)]
@@ -64,8 +65,14 @@ def _read_footer(store: Store, column: str, entry: Entry) -> Footer:
 
 def open_parquet(file: BinaryIO, uri: str) -> pq.ParquetFile:
     """Without read-ahead of whole column chunks, so that memory is bounded. Raises InputError."""
-    try:
+    with _parquet_errors(uri):
         return pq.ParquetFile(file, pre_buffer=False, buffer_size=BUFFER_BYTES)
+
+
+@contextmanager
+def _parquet_errors(uri: str) -> Iterator[None]:
+    try:
+        yield
     except Img2ParquetError:
         raise
     except UNREADABLE as error:
@@ -171,10 +178,16 @@ def _plain(kind: pa.DataType) -> pa.DataType:
     return kind.value_type if pa.types.is_dictionary(kind) else kind
 
 
-def to_values(column: pa.Array) -> list[object]:
-    """Python values of a column, of what an extension type is stored as."""
+def to_values(column: pa.Array) -> list[Any]:
+    """Python values of a column, of what an extension type is stored as. Other writers leave text that is not UTF-8."""
     stored = column.storage if isinstance(column, pa.ExtensionArray) else column
-    values: list[object] = stored.to_pylist()
+    stored = stored.dictionary_decode() if pa.types.is_dictionary(stored.type) else stored
+    try:
+        values: list[Any] = stored.to_pylist()
+    except UnicodeDecodeError:
+        if not is_text(stored.type):
+            raise
+        values = [None if text is None else to_valid_text(text) for text in stored.cast(pa.large_binary()).to_pylist()]
     return values
 
 

@@ -97,8 +97,10 @@ class Table(SourceSettings):
             )
         return FORMATS[name]
 
+    def _needed(self) -> list[str]:
+        return [self.uri, *([self.key] if self.key else []), *(column.name for column in self.kept)]
+
     def _pieces(self, limits: PartLimits) -> Iterator[Piece]:
-        needed = [self.uri, *([self.key] if self.key else []), *(column.name for column in self.kept)]
         first = None
         for entry in self._entries():
             first = first or entry
@@ -109,13 +111,13 @@ class Table(SourceSettings):
                     f"{_listing(self.passthrough())} and {_listing(fields)}",
                     hint="name the types that are wanted: `keep: [name:type]`",
                 )
-            yield from self._format(entry.uri).pieces(self.store, entry, needed, limits)
+            yield from self._format(entry.uri).pieces(self.store, entry, self._needed(), limits)
 
     def _records(self, part: Part) -> Iterator[Record]:
         default = None if isinstance(self._format(part.pieces[0].uri), ParquetList) else "string"
         for piece in part.pieces:
             with part_fails(piece.uri):
-                for where, values in self._format(piece.uri).read(self.store, piece):
+                for where, values in self._format(piece.uri).read(self.store, piece, self._needed()):
                     yield self._record(where, values, piece.uri, default)
 
     def _record(self, where: str, values: Mapping[str, Any] | Broken, shard: str, default: str | None) -> Record:

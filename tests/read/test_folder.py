@@ -106,8 +106,14 @@ def test_fetching_keeps_order_and_bounds_what_waits() -> None:
     assert next(results) == (0, 0)
     assert max(started) <= 8, "at most 2 x threads are under way"
     assert list(results) == [(i, i * 10) for i in range(1, 100)]
-    by_size = fetch_in_order(range(5), fetch, threads=4, size_of=lambda item: 200 << 20)
-    assert [item for item, _ in by_size] == [0, 1, 2, 3, 4]
+
+
+def test_few_large_files_are_under_way() -> None:
+    started: list[int] = []
+    results = fetch_in_order(range(5), started.append, threads=4, size_of=lambda item: 200 << 20)
+    assert next(results)[0] == 0
+    assert started == [0], "two of them would be more than IN_FLIGHT_BYTES"
+    assert [item for item, _ in results] == [1, 2, 3, 4]
 
 
 def test_fetching_stops_at_the_first_failure() -> None:

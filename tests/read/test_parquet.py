@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import decimal
 import io
+import random
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -16,9 +17,12 @@ from hypothesis import strategies as st
 
 from pipeline.errors import InputError, PartFailed, StorageError
 from pipeline.read import PartLimits
+from pipeline.read.pack import pack
 from pipeline.read.parquet import ParquetRows
-from pipeline.schema import Part, Reject, Row
+from pipeline.schema import Part, Piece, Reject, Row
 from pipeline.storage import Store
+from tests.read.broken_shards import parquet
+from tests.read.test_tar import mutate
 
 
 def write(path: Path, columns: dict[str, Any], **options: Any) -> str:
@@ -145,7 +149,9 @@ class FailingFile(io.BytesIO):
 
 
 def test_a_store_that_gives_up_fails_the_part_and_is_no_damage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    uri = write(tmp_path / "a.parquet", {"image": [b"x" * 10_000] * 20, "id": list(range(20))}, compression="none")
+    image = [bytes([i]) * 10_000 for i in range(20)]
+    columns = {"image": image, "id": list(range(20))}
+    uri = write(tmp_path / "a.parquet", columns, compression="none", use_dictionary=False)
     source = ParquetRows(uris=(uri,), key="id")
     (part,) = parts_of(source)
 
@@ -182,3 +188,40 @@ def test_only_the_wanted_groups_are_read(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(Store, "open", open_counting)
     assert [row.key for row in source.read(part)] == ["20", "21", "22", "23"]
     assert 400_000 < sum(read) < 1_500_000
+
+
+def test_only_neighbouring_ranges_become_one_piece() -> None:
+    def piece(uri: str, start: int, stop: int | None) -> Piece:
+        return Piece(uri, 10, "e", start, stop, 1)
+
+    pieces = [piece("a", 0, 5), piece("a", 5, 9), piece("a", 10, 12), piece("b", 12, 13), piece("c", 0, None)]
+    (part,) = pack(pieces, PartLimits())
+    assert [(p.uri, p.start, p.stop, p.size_bytes, p.rows) for p in part] == [
+        ("a", 0, 9, 20, 2), ("a", 10, 12, 10, 1), ("b", 12, 13, 10, 1), ("c", 0, None, 10, 1),
+    ]  # fmt: skip
+
+
+def test_text_that_is_not_utf8(tmp_path: Path) -> None:
+    text = pa.array([b"caf\xe9", b"ok"]).view(pa.string())
+    nested = pa.array([[b"\xff"], [b"ok"]]).cast(pa.list_(pa.binary())).view(pa.list_(pa.string()))
+    uri = write(tmp_path / "a.parquet", {"image": [b"1", b"2"], "id": text, "nested": nested})
+    assert [row.key for row in rows_of(ParquetRows(uris=(uri,), key="id"))] == ["caf\\xe9", "ok"]
+    source = ParquetRows(uris=(uri,), key="id", keep=("nested",))
+    (part,) = parts_of(source)
+    assert [getattr(item, "reason", "row") for item in source.read(part)] == ["shard_damaged", "shard_damaged"]
+
+
+@settings(max_examples=60, deadline=None)
+@given(seed=st.integers(0, 2**32))
+def test_fuzz(tmp_path_factory: pytest.TempPathFactory, seed: int) -> None:
+    """Whatever is done to a file: refused when it is planned, or as many rows and rejects as were planned."""
+    columns = {"image": [bytes([i]) * 300 for i in range(12)], "id": [str(i) for i in range(12)], "n": list(range(12))}
+    path = tmp_path_factory.mktemp("fuzz") / "a.parquet"
+    path.write_bytes(mutate(parquet(columns, row_group_size=4), random.Random(seed)))
+    source = ParquetRows(uris=(str(path),), key="id", keep=("n",))
+    try:
+        parts = parts_of(source, rows=5)
+    except InputError:
+        return
+    for part in parts:
+        assert [item.row for item in source.read(part)] == list(range(part.rows or 0))
