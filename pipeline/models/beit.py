@@ -581,6 +581,8 @@ def build(settings: Settings, names: frozenset[str]) -> Beit:
     """The plain module with the heads that the names on disk speak of."""
     if "decode_head.classifier.weight" in names:
         _check_pyramid(settings, "semantic segmentation")
+        if settings.num_labels < 1:
+            _refuse("num_labels", settings.num_labels, "1 or more, which semantic segmentation needs")
     return Beit(settings, names)
 
 
@@ -627,12 +629,12 @@ def _refuse(name: str, value: Any, wanted: str, hint: str = "") -> NoReturn:
 def _stages(s: Settings, config: Mapping[str, Any]) -> tuple[tuple[str, ...], tuple[int, ...]]:
     """`out_features` and `out_indices`, each derived from the other; the last stage where neither is said."""
     names, indices = config.get("out_features"), config.get("out_indices")
-    if names is None and indices is None:
-        indices = _legacy_indices(s, config) or [s.num_hidden_layers]
-    if indices is None:
-        assert names is not None
+    if names is not None:
         _check_stages("out_features", names, s.stages)
-        return tuple(names), tuple(s.stages.index(name) for name in names)
+        if indices is None:
+            return tuple(names), tuple(s.stages.index(name) for name in names)
+    elif indices is None:
+        indices = _legacy_indices(s, config) or [s.num_hidden_layers]
     count = len(s.stages)
     if not isinstance(indices, (list, tuple)) or not all(type(i) is int and -count <= i < count for i in indices):
         _refuse("out_indices", indices, f"a list of stages from 0 to {count - 1}")

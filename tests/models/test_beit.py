@@ -25,6 +25,7 @@ from transformers import (
 
 from pipeline.errors import CheckpointError, OutputUnavailable
 from pipeline.models import beit
+from pipeline.models.beit import Settings
 from tests.models import oracle
 
 TINY: dict[str, Any] = {
@@ -351,6 +352,30 @@ def test_segmentation_needs_four_stages_and_a_grid_to_halve() -> None:
 def test_the_old_default_of_segmentation_indices_does_not_refuse_a_small_classifier() -> None:
     config = {**TINY, "out_indices": None, "segmentation_indices": [3, 5, 7, 11]}
     assert beit.read_settings(config, (32, 32)).out_indices == (4,)
+
+
+JSON = st.one_of(
+    st.none(),
+    st.booleans(),
+    st.integers(-3, 70),
+    st.floats(),
+    st.sampled_from(["", "gelu", "stage1"]),
+    st.lists(st.one_of(st.integers(-9, 9), st.sampled_from(["stem", "stage2"]), st.none()), max_size=5),
+    st.just({"a": 1}),
+)
+
+
+@settings(max_examples=oracle.EXAMPLES * 3, deadline=None, derandomize=True, database=None)
+@given(
+    st.dictionaries(st.sampled_from([*sorted(Settings.__dataclass_fields__), "segmentation_indices"]), JSON, max_size=2)
+)
+def test_no_value_of_any_field_ends_in_a_traceback(delta: dict[str, Any]) -> None:
+    try:
+        read = beit.read_settings({**TINY, **delta}, (32, 32))
+        with torch.device("meta"):
+            beit.build(read, frozenset(beit.HEADS["BeitForSemanticSegmentation"])).gives()
+    except CheckpointError as error:
+        assert error.message
 
 
 INDEX = "beit.encoder.layer.0.attention.attention.relative_position_bias.relative_position_index"
