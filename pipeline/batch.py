@@ -35,6 +35,7 @@ class Work:
     device: str
     batch_size: int
     threads: int
+    most_rows: int = 1 << 62  # of one part, where only reading can count them
 
 
 @dataclass(frozen=True)
@@ -89,7 +90,7 @@ class Failed:
     message: str
 
 
-def cut(source: Source, part: Part, batch_size: int) -> Iterator[Batch | Failed]:
+def cut(source: Source, part: Part, batch_size: int, most_rows: int = 1 << 62) -> Iterator[Batch | Failed]:
     """A part's batches, in order; one empty batch for a part without rows. A part that fails ends in Failed."""
     rows: list[Row] = []
     rejects: list[Reject] = []
@@ -105,11 +106,22 @@ def cut(source: Source, part: Part, batch_size: int) -> Iterator[Batch | Failed]
             else:
                 rejects.append(item)
             count += 1
+            if count > most_rows:
+                raise _too_many(part, most_rows)
         _check_count(part, count)
     except (PartFailed, StorageError) as error:
         yield Failed(part.index, str(error))
         return
     yield Batch(part.index, max(count - 1, 0) // batch_size, tuple(rows), tuple(rejects), rows_in=count)
+
+
+def _too_many(part: Part, most_rows: int) -> PartFailed:
+    uris = ", ".join(piece.uri for piece in part.pieces[:2])
+    return PartFailed(
+        f"part {part.index} ({uris}): more than {most_rows:,} rows, too many for one result file",
+        hint="a plain tar can be cut when the job is planned: set input.split_above_bytes to a fraction of its size, or "
+        "input.shards_per_part to 1; a compressed one cannot: recompress it as several",
+    )
 
 
 def _check_count(part: Part, count: int) -> None:

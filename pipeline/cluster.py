@@ -124,7 +124,7 @@ class _Read:
         work: Work = ray.get(self.work)
         for payload in table.column("payload"):
             part: Part = pickle.loads(payload.as_buffer())
-            for batch in cut(work.job.input, part, work.batch_size):
+            for batch in cut(work.job.input, part, work.batch_size, work.most_rows):
                 yield _row(batch)
 
 

@@ -14,7 +14,7 @@ from pipeline.batch import Embedded, Failed, Work
 from pipeline.commit import Footer, Output
 from pipeline.errors import JobError, JobFailed, RejectLimitExceeded, StorageError, nearest
 from pipeline.job import JobSpec
-from pipeline.plan import Plan, identities, make_plan
+from pipeline.plan import Plan, identities, make_plan, most_rows
 from pipeline.probe import Probe
 from pipeline.schema import Part
 from pipeline.storage import Store
@@ -79,7 +79,15 @@ def run(
     ids = identities(job, probe.cards, probe.dtype)
     plan, digest = output.begin(ids, lambda: make_plan(job, probe.cards, probe.dtype))
     record = output.record_run(_record(job, plan, digest, probe))
-    work = Work(job, probe.cards, probe.dtype, probe.device, record["batch_size"], record["threads_per_worker"])
+    work = Work(
+        job,
+        probe.cards,
+        probe.dtype,
+        probe.device,
+        batch_size=record["batch_size"],
+        threads=record["threads_per_worker"],
+        most_rows=most_rows(job, probe.cards),
+    )
     session = _Session(output, plan, work, on_change)
     session.run(module)
     return _finish(job, output, plan, session.tally)

@@ -69,7 +69,7 @@ class _Reader:
     def _run(self) -> None:
         try:
             for part in self.parts:
-                for batch in cut(self.work.job.input, part, self.work.batch_size):
+                for batch in cut(self.work.job.input, part, self.work.batch_size, self.work.most_rows):
                     if not self._put(batch):
                         return
             self._put(None)

@@ -21,6 +21,7 @@ from pipeline.read import PartLimits
 from pipeline.schema import Part, Piece
 
 PART_BYTES = 64 << 20  # of the widest model's columns: a part is always one plain PUT
+MOST_PART_BYTES = 256 << 20  # for parts whose rows nobody could count before reading them
 ROW_OVERHEAD_BYTES = 256  # key, shard, sizes and a caption of ordinary length
 
 PIECE_TYPE = pa.struct(
@@ -75,18 +76,26 @@ def identities(job: JobSpec, cards: Mapping[str, Card], dtype: str) -> dict[str,
 
 def rows_per_part(job: JobSpec, cards: Mapping[str, Card]) -> int:
     """The smaller of the job's number and what fits PART_BYTES of the widest model's columns."""
-    limit = job.output.rows_per_part
+    return min(job.output.rows_per_part, PART_BYTES // _widest_row_bytes(job, cards))
+
+
+def most_rows(job: JobSpec, cards: Mapping[str, Card]) -> int:
+    """Where a part fails whose rows only reading could count: a shard of very many small images."""
+    return max(job.output.rows_per_part, MOST_PART_BYTES // _widest_row_bytes(job, cards))
+
+
+def _widest_row_bytes(job: JobSpec, cards: Mapping[str, Card]) -> int:
+    widest = 0
     for model in job.models:
-        card = cards[model.name]
-        row_bytes = ROW_OVERHEAD_BYTES + sum(output.bytes_per_row(card) for output in model.outputs)
+        row_bytes = ROW_OVERHEAD_BYTES + sum(output.bytes_per_row(cards[model.name]) for output in model.outputs)
         if row_bytes > PART_BYTES:
             raise JobError(
                 f"model `{model.name}`: one row of its outputs may take {row_bytes:,} bytes, "
                 f"more than a whole part may ({PART_BYTES:,})",
                 hint="ask for fewer layers or stages, or for a smaller image_size",
             )
-        limit = min(limit, PART_BYTES // row_bytes)
-    return limit
+        widest = max(widest, row_bytes)
+    return widest
 
 
 def check_same_run(stored: Plan, ours: Mapping[str, Mapping[str, Any]], uri: str) -> None:
