@@ -119,8 +119,8 @@ def _too_many(part: Part, most_rows: int) -> PartFailed:
     uris = ", ".join(piece.uri for piece in part.pieces[:2])
     return PartFailed(
         f"part {part.index} ({uris}): more than {most_rows:,} rows, too many for one result file",
-        hint="a plain tar can be cut when the job is planned: set input.split_above_bytes to a fraction of its size, or "
-        "input.shards_per_part to 1; a compressed one cannot: recompress it as several",
+        hint="a plain tar can be cut when the job is planned: set input.split_above_bytes to a fraction of its size, "
+        "or input.shards_per_part to 1; a compressed one cannot: recompress it as several",
     )
 
 

@@ -24,7 +24,7 @@ def lines() -> Iterator[str]:
     yield HEADER
     last = ""
     for family, known in published():
-        if family.MODEL_TYPE != last:
+        if last != family.MODEL_TYPE:
             last = family.MODEL_TYPE
             yield f"{last}: `embedding` is {family.EMBEDDING[0].lower()}{family.EMBEDDING[1:]}"
         yield _line(family, known)
