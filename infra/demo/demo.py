@@ -1,33 +1,36 @@
-"""What `make demo` runs once the environment is there: shards from photos, the job on them, and what came out.
+"""What `make demo` runs once the environment is there: shards from photos, the jobs on them, and what came out.
 
     python infra/demo/demo.py [--runner local]      # from the repository's root
 
-A second run finds every part committed and computes nothing.
+First photographs are labelled and embedded, then mosaics of textures are segmented. A second run finds every part
+committed and computes nothing.
 """
 
 from __future__ import annotations
 
 import argparse
+import io
 import os
 import shlex
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 from make_shards import make_shards
+from mosaics import Confusion, make_mosaics
+from PIL import Image
 
 import pipeline
 from pipeline.errors import Img2ParquetError
 
 ROOT = Path(__file__).parents[2]
-JOB = "jobs/demo.yaml"
-SHARDS = "out/demo/shards"
-RESULTS = "out/demo/results"
-MODEL = "levit-photos"
+PHOTOS_JOB, SHARDS, RESULTS, LEVIT = "jobs/demo.yaml", "out/demo/shards", "out/demo/results", "levit-photos"
+TEXTURES_JOB, MOSAICS, MASKS, BEIT = "jobs/demo_textures.yaml", "out/demo/mosaics", "out/demo/masks", "beit-textures"
 QUERY = (
     "select label, count(*) as images, round(avg((labels[1].name = label)::int), 3) as accuracy "
-    f"from '{RESULTS}/model={MODEL}/*.parquet' group by label order by accuracy"
+    f"from '{RESULTS}/model={LEVIT}/*.parquet' group by label order by accuracy"
 )
 
 
@@ -35,58 +38,81 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runner", choices=["ray", "local"], default="ray")
     given = parser.parse_args()
-    os.chdir(ROOT)  # the job file's paths begin there
+    os.chdir(ROOT)  # the job files' paths begin there
     try:
-        prepare()
-        run(given.runner)
+        label_photos(given.runner)
+        segment_textures(given.runner)
     except Img2ParquetError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
-    show_accuracy()
-    show_query()
     return 0
 
 
-def prepare() -> None:
+def label_photos(runner: str) -> None:
     shards = make_shards(Path(SHARDS))
-    done = "made" if shards["made"] else "already there"
     faults = ", ".join(f"{count} {fault}" for fault, count in shards["broken"].items())
-    print(f"shards     {len(shards['files'])} tars with {shards['crops']:,} crops in {SHARDS}, {done}")
+    print(f"photos     {len(shards['files'])} tars with {shards['crops']:,} crops in {SHARDS}, {how(shards['made'])}")
     print(f"           and broken on purpose: {faults}", flush=True)
+    run(PHOTOS_JOB, runner)
+    table = pipeline.open_results(RESULTS, LEVIT).to_table(columns=["label", "labels"])
+    print(f"accuracy   {accuracy(table):.4f} of {table.num_rows:,} crops, from regions held out of training")
+    show_query()
 
 
-def run(runner: str) -> None:
-    summary = pipeline.run(pipeline.load_job(JOB), runner=runner)
+def segment_textures(runner: str) -> None:
+    mosaics = make_mosaics(Path(MOSAICS))
+    print(f"textures   {mosaics['mosaics']} mosaics in {MOSAICS}, {how(mosaics['made'])}", flush=True)
+    run(TEXTURES_JOB, runner)
+    table = pipeline.open_results(MASKS, BEIT).to_table(columns=["key", "mask"])
+    print(f"mean IoU   {mean_iou(table):.4f} of {table.num_rows} mosaics, from regions held out of training")
+    print(f"results    {MASKS}/model={BEIT}/")
+
+
+def how(made: bool) -> str:
+    return "made" if made else "already there"
+
+
+def run(job: str, runner: str) -> None:
+    """The job, and what it says of itself."""
+    summary = pipeline.run(pipeline.load_job(job), runner=runner)
     rejected = sum(summary.rejected.values())
     reasons = ", ".join(f"{count} {reason}" for reason, count in sorted(summary.rejected.items()))
-    print(
-        f"rows       {summary.rows_in:,} in, {summary.rows_written[MODEL]:,} written, {rejected:,} rejected ({reasons})"
-    )
+    written = sum(summary.rows_written.values())
+    print(f"rows       {summary.rows_in:,} in, {written:,} written, {rejected:,} rejected{reasons and f' ({reasons})'}")
     if summary.parts_done_before == summary.parts:
-        print(f"work       none: all {summary.parts} parts were already committed")
+        print(f"work       none: {parts(summary.parts)} already committed, nothing left")
         return
     speed = f"{summary.images_per_s:,.0f} images/s ({runner})"
-    print(f"work       {summary.parts - summary.parts_done_before} parts in {summary.seconds:.1f} s, {speed}")
+    print(f"work       {parts(summary.parts - summary.parts_done_before)} in {summary.seconds:.1f} s, {speed}")
 
 
-def show_accuracy() -> None:
-    """The share of rows whose best label is the photo that the crop came from, out of the committed files."""
-    table = pipeline.open_results(RESULTS, MODEL).to_table(columns=["label", "labels"])
-    print(f"accuracy   {accuracy(table):.4f} of {table.num_rows:,} crops, from regions held out of training")
+def parts(count: int) -> str:
+    return f"{count} part{'' if count == 1 else 's'}"
 
 
 def accuracy(table: pa.Table) -> float:
+    """The share of rows whose best label is the photo that the crop came from."""
     rows = table.to_pylist()
     right: int = sum(bool(row["labels"]) and row["labels"][0]["name"] == row["label"] for row in rows)
     return right / len(rows)
+
+
+def mean_iou(table: pa.Table) -> float:
+    """Of the written masks against the mosaics' truth."""
+    confusion = Confusion()
+    for row in table.to_pylist():
+        truth = Image.open(Path(MOSAICS) / "truth" / f"{row['key']}.png")
+        confusion.add(np.asarray(truth), np.asarray(Image.open(io.BytesIO(row["mask"]))))
+    return confusion.mean_iou()
 
 
 def show_query() -> None:
     """The line that a user would type, run as they would run it."""
     python = os.path.relpath(sys.executable) if Path(sys.executable).is_relative_to(ROOT) else sys.executable
     line = f"""{shlex.quote(python)} -c "import duckdb; print(duckdb.sql('''{QUERY}'''))\""""
-    print(f"results    {RESULTS}/model={MODEL}/\n\n{line}\n", flush=True)
+    print(f"results    {RESULTS}/model={LEVIT}/\n\n{line}\n", flush=True)
     subprocess.run(line, shell=True, check=True)
+    print()
 
 
 if __name__ == "__main__":

@@ -17,9 +17,11 @@ import numpy.typing as npt
 import pytest
 from PIL import Image
 
+from pipeline import load_model
+
 ROOT = Path(__file__).parents[2]
 DEMO = ROOT / "infra" / "demo"
-CHECKPOINT = DEMO / "checkpoints" / "levit-photos"
+CHECKPOINTS = DEMO / "checkpoints"
 
 
 @pytest.fixture(scope="module")
@@ -167,29 +169,50 @@ def test_mean_iou_counts_each_class_once(mosaics: ModuleType) -> None:
     assert confusion.mean_iou() == pytest.approx((8 / 12 + 4 / 8) / 2)
 
 
-# -- checkpoint ----------------------------------------------------------------------------------------------------
+# -- checkpoints ---------------------------------------------------------------------------------------------------
 
 
-def test_the_checkpoint_is_small_and_named_after_the_photos(photos: ModuleType) -> None:
-    transformers = pytest.importorskip("transformers")
-    assert sum(path.stat().st_size for path in CHECKPOINT.iterdir()) < 3_000_000
-    config = transformers.AutoConfig.from_pretrained(CHECKPOINT)
-    assert tuple(config.id2label.values()) == photos.NAMES
-    assert config.architectures == ["LevitForImageClassificationWithTeacher"]
-    processor = json.loads((CHECKPOINT / "preprocessor_config.json").read_text())
-    assert processor["crop_size"] == {"height": config.image_size, "width": config.image_size}
+def test_the_checkpoints_are_small_and_named_after_the_photos(photos: ModuleType, mosaics: ModuleType) -> None:
+    expected = {"levit-photos": (photos.NAMES, 3_000_000), "beit-textures": (mosaics.TEXTURES, 4_000_000)}
+    assert {folder.name for folder in CHECKPOINTS.iterdir()} == set(expected)
+    for name, (labels, most_bytes) in expected.items():
+        folder = CHECKPOINTS / name
+        config = json.loads((folder / "config.json").read_text())
+        assert tuple(config["id2label"].values()) == labels
+        assert sum(path.stat().st_size for path in folder.iterdir()) < most_bytes
+        assert str(config["image_size"]) in (folder / "preprocessor_config.json").read_text()
 
 
-def test_the_checkpoint_tells_held_out_crops_apart(shards: ModuleType) -> None:
-    transformers, torch = pytest.importorskip("transformers"), pytest.importorskip("torch")
-    model, report = transformers.LevitForImageClassificationWithTeacher.from_pretrained(
-        CHECKPOINT, output_loading_info=True
-    )
-    assert not report["missing_keys"] and not report["unexpected_keys"]
-    processor = transformers.LevitImageProcessorPil.from_pretrained(CHECKPOINT)
+def test_levit_tells_held_out_crops_apart(shards: ModuleType) -> None:
+    """With this package's model, as the demo runs it; transformers' own loads it below."""
+    model = load_model(str(CHECKPOINTS / "levit-photos"), dtype="float32")
     samples = list(shards.all_samples(shards.Recipe(crops=320, seed=99)))
-    images = [Image.open(io.BytesIO(sample.image)) for sample in samples]
-    with torch.inference_mode():
-        best = model.eval()(**processor(images, return_tensors="pt")).logits.argmax(1).tolist()
-    right = sum(a == sample.class_id for a, sample in zip(best, samples, strict=True))
-    assert right / len(samples) > 0.85
+    best = model([picture(sample.image) for sample in samples])["logits"].argmax(1).tolist()
+    assert sum(a == sample.class_id for a, sample in zip(best, samples, strict=True)) / len(samples) > 0.85
+
+
+@pytest.mark.slow  # importing transformers takes most of it
+def test_transformers_takes_both_checkpoints_whole() -> None:
+    transformers = pytest.importorskip("transformers")
+    classes = {
+        "levit-photos": transformers.LevitForImageClassificationWithTeacher,
+        "beit-textures": transformers.BeitForSemanticSegmentation,
+    }
+    for name, kind in classes.items():
+        _, report = kind.from_pretrained(CHECKPOINTS / name, output_loading_info=True)
+        assert not report["missing_keys"] and not report["unexpected_keys"] and not report["mismatched_keys"]
+
+
+def test_beit_segments_held_out_mosaics(mosaics: ModuleType) -> None:
+    model = load_model(str(CHECKPOINTS / "beit-textures"), dtype="float32")
+    drawn, confusion = mosaics.Mosaics("held_out"), mosaics.Confusion()
+    pairs = [drawn(np.random.default_rng([99, i])) for i in range(32)]
+    maps = model([Image.fromarray(mosaic) for mosaic, _ in pairs], wants=["segmentation"])["segmentation"].argmax(1)
+    for (_, truth), found in zip(pairs, maps.numpy(), strict=True):
+        step = truth.shape[0] // found.shape[0]
+        confusion.add(truth[step // 2 :: step, step // 2 :: step], found)
+    assert confusion.mean_iou() > 0.6
+
+
+def picture(jpeg: bytes) -> Image.Image:
+    return Image.open(io.BytesIO(jpeg)).convert("RGB")
