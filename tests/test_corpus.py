@@ -1,5 +1,4 @@
-"""Every bad image and broken shard that we know, through whole jobs: each ends as it should, and none takes others along.
-"""
+"""Every bad image and broken shard that we know, through whole jobs: each ends as it should, alone."""
 
 from __future__ import annotations
 
