@@ -100,7 +100,6 @@ def prepares_apart(work: Work) -> bool:
 
 def _actors(dataset: ray.data.Dataset, arguments: list[Any], count: int, cpus: float, gpus: float) -> ray.data.Dataset:
     # without these bounds Ray restarts for ever; 2.60 knows them only among its deprecated `ray_remote_args`
-    warnings.filterwarnings("ignore", message="`ray_remote_args` is deprecated")
     return dataset.map_batches(
         _Step,
         fn_constructor_args=arguments,
@@ -179,6 +178,8 @@ def _read_tasks(work: Work) -> int:
 
 
 def _tune_context() -> None:
+    warnings.filterwarnings("ignore", message="`ray_remote_args` is deprecated")
+    warnings.filterwarnings("ignore", message=r"The (min|max)imum number of concurrent")  # a job of few parts
     context = DataContext.get_current()
     context.target_max_block_size = BLOCK_BYTES
     context.enable_progress_bars = False

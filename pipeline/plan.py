@@ -9,6 +9,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from typing import Any
 
 import pyarrow as pa
@@ -48,8 +49,12 @@ class Plan:
     parts: tuple[Part, ...]
     identities: Mapping[str, Mapping[str, Any]]
 
+    @cached_property
+    def _hashes(self) -> dict[str, str]:
+        return {model: identity_hash(what) for model, what in self.identities.items()}
+
     def identity(self, model: str) -> str:
-        return identity_hash(self.identities[model])
+        return self._hashes[model]
 
     def file_name(self, model: str, part: Part) -> str:
         """Where a part's rows of one model lie, below the output's folder."""

@@ -2,8 +2,8 @@
 
     python infra/demo/demo.py [--runner local]      # from the repository's root
 
-First photographs are labelled and embedded, then mosaics of textures are segmented. A second run finds every part
-committed and computes nothing.
+First photographs are labelled and embedded, then mosaics of textures are segmented, then all four families look at
+the same images in one job. A second run finds every part committed and computes nothing.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from pipeline.errors import Img2ParquetError
 ROOT = Path(__file__).parents[2]
 PHOTOS_JOB, SHARDS, RESULTS, LEVIT = "jobs/demo.yaml", "out/demo/shards", "out/demo/results", "levit-photos"
 TEXTURES_JOB, MOSAICS, MASKS, BEIT = "jobs/demo_textures.yaml", "out/demo/mosaics", "out/demo/masks", "beit-textures"
+FAMILIES_JOB, FAMILIES = "jobs/four_families.yaml", "out/demo/families"
 QUERY = (
     "select label, count(*) as images, round(avg((labels[1].name = label)::int), 3) as accuracy "
     f"from '{RESULTS}/model={LEVIT}/*.parquet' group by label order by accuracy"
@@ -42,6 +43,7 @@ def main() -> int:
     try:
         label_photos(given.runner)
         segment_textures(given.runner)
+        run_four_families(given.runner)
     except Img2ParquetError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
@@ -66,6 +68,12 @@ def segment_textures(runner: str) -> None:
     table = pipeline.open_results(MASKS, BEIT).to_table(columns=["key", "mask"])
     print(f"mean IoU   {mean_iou(table):.4f} of {table.num_rows} mosaics, from regions held out of training")
     print(f"results    {MASKS}/model={BEIT}/")
+
+
+def run_four_families(runner: str) -> None:
+    print("\nfamilies   LeViT, BEiT, BiT and ViTMSN in one job: each image is decoded once", flush=True)
+    run(FAMILIES_JOB, runner)
+    print(f"results    {FAMILIES}/model=*/")
 
 
 def how(made: bool) -> str:
