@@ -21,7 +21,7 @@ from pipeline.models.model import Opened, family_of
 from pipeline.preprocess import PreprocessSettings
 
 TOLERANCE = 1e-5  # of the output's largest value
-EXAMPLES = int(os.environ.get("IMG2PARQUET_EXAMPLES", "40"))
+EXAMPLES = int(os.environ.get("IMG2PARQUET_EXAMPLES", "200"))
 
 
 def randomised(model: Any, seed: int = 0) -> Any:

@@ -153,6 +153,7 @@ def cases(draw: st.DrawFn) -> tuple[str, dict[str, Any], tuple[int, int], bool]:
     return draw(st.sampled_from(sorted(CLASSES))), config, (draw(side), draw(side)), draw(flag)
 
 
+@pytest.mark.slow
 @settings(
     max_examples=oracle.EXAMPLES,
     deadline=None,
@@ -365,6 +366,7 @@ JSON = st.one_of(
 )
 
 
+@pytest.mark.slow
 @settings(max_examples=oracle.EXAMPLES * 3, deadline=None, derandomize=True, database=None)
 @given(
     st.dictionaries(st.sampled_from([*sorted(Settings.__dataclass_fields__), "segmentation_indices"]), JSON, max_size=2)

@@ -150,6 +150,7 @@ def configs(draw: st.DrawFn) -> dict[str, Any]:
     }
 
 
+@pytest.mark.slow
 @settings(
     max_examples=oracle.EXAMPLES,
     deadline=None,

@@ -75,11 +75,26 @@ def check_parity(model: Any, folder: Path, size_HW: tuple[int, int] | None = Non
     for fast in (False, True):
         backbone = oracle.ours(folder, fast=fast, size_HW=size_HW)
         mine = oracle.run(backbone, x_BCHW, *backbone.gives())
-        oracle.agree(mine, theirs)
+        agree(mine, theirs, model, x_BCHW)
         assert {name: tuple(tensor.shape[1:]) for name, tensor in mine.items()} == backbone.gives()
         # without attentions the fast form takes its other path
         alone = oracle.run(backbone, x_BCHW, *theirs)
-        oracle.agree(alone, theirs)
+        agree(alone, theirs, model, x_BCHW)
+
+
+def agree(mine: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor], model: Any, x_BCHW: torch.Tensor) -> None:
+    """Within the tolerance of the reference. A network of random weights may amplify float32's rounding: where the
+    reference itself is far from float64 (seen once in 250 draws: it 2.8e-6, ours 1.4e-5), ours may be as far in
+    proportion. On 60 other draws both were equally close (medians 4.8e-7 and 4.7e-7)."""
+    far = {name for name, tensor in theirs.items() if oracle.distance(mine[name], tensor) > oracle.TOLERANCE}
+    if far:
+        exact = expected(model, oracle.reference(model.double(), x_BCHW.double(), output_hidden_states=True))
+        model.float()
+    for name in far:
+        ours_off, theirs_off = (oracle.distance(side[name].double(), exact[name]) for side in (mine, theirs))
+        assert theirs_off > oracle.TOLERANCE / 4, f"{name}: the reference is right, ours is off by {ours_off:.1e}"
+        assert ours_off <= 6 * theirs_off, f"{name}: {ours_off:.1e} from float64, the reference {theirs_off:.1e}"
+    oracle.agree({n: mine[n] for n in theirs.keys() - far}, {n: theirs[n] for n in theirs.keys() - far})
 
 
 @pytest.mark.parametrize("varied", VARIED)
@@ -127,6 +142,7 @@ def configs(draw: st.DrawFn) -> dict[str, Any]:
     }
 
 
+@pytest.mark.slow
 @settings(max_examples=oracle.EXAMPLES, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(config=configs(), kind=st.sampled_from(CLASSES), seed=st.integers(0, 1000))
 def test_random_combinations(config: dict[str, Any], kind: Any, seed: int, tmp_path_factory: Any) -> None:
