@@ -106,6 +106,8 @@ def print_summary(summary: Any) -> None:
         print(f"written    {rows:,} to model={name}")
     reasons = ", ".join(f"{reason} {count}" for reason, count in summary.rejected.items())
     print(f"rejected   {sum(summary.rejected.values()):,}" + (f" ({reasons})" if reasons else ""))
+    for name, loss in summary.losses.items():
+        print(f"loss       {name} {'none: no row has a truth' if loss is None else format(loss, '.4f')}")
     if done_now:
         print(f"speed      {summary.images_per_s:,.0f} images/s, {summary.seconds:.1f} s in all")
     print(f"results    {summary.output_uri}")

@@ -14,6 +14,7 @@ from pipeline.batch import Embedded, Failed, Work
 from pipeline.commit import Footer, Output
 from pipeline.errors import JobError, JobFailed, RejectLimitExceeded, StorageError, nearest
 from pipeline.job import JobSpec
+from pipeline.losses import mean_losses
 from pipeline.plan import Plan, identities, make_plan, most_rows
 from pipeline.probe import Probe
 from pipeline.schema import Part
@@ -60,6 +61,7 @@ class Summary:
     seconds: float
     images_per_s: float
     step_seconds: dict[str, float]
+    losses: dict[str, float | None] = field(default_factory=dict)  # `model.column` -> mean over rows that have one
 
 
 def run(
@@ -207,6 +209,7 @@ def _images(result: Embedded) -> set[int]:
 def _finish(job: JobSpec, output: Output, plan: Plan, tally: Tally) -> Summary:
     """Gather, judge the rejects, and mark the output as complete. Raises RejectLimitExceeded."""
     totals = output.finish(plan, lambda footers: _totals(plan, footers))
+    losses = mean_losses(job, output, plan)
     seconds = time.monotonic() - tally.started
     summary = Summary(
         output_uri=output.uri,
@@ -219,6 +222,7 @@ def _finish(job: JobSpec, output: Output, plan: Plan, tally: Tally) -> Summary:
         seconds=seconds,
         images_per_s=tally.rows_in / max(time.monotonic() - tally.working_since, 1e-9) if tally.rows_in else 0.0,
         step_seconds=dict(tally.step_seconds),
+        losses=losses,
     )
     rejected = sum(totals["rejected"].values())
     if rejected > job.reject_limit * totals["rows_in"]:
@@ -229,7 +233,7 @@ def _finish(job: JobSpec, output: Output, plan: Plan, tally: Tally) -> Summary:
             hint=f"what was good is committed; look at `img2parquet rejects {output.uri}`, "
             "and run again with a higher --set reject_limit=... to accept it",
         )
-    output.succeed(totals)
+    output.succeed({**totals, "losses": losses} if losses else totals)
     return summary
 
 

@@ -153,6 +153,11 @@ class JobSpec(Settings):
         for column in sorted(passthrough & RESERVED_COLUMNS.keys()):
             raise ValueError(f"input.keep names `{column}`, which every result row already has")
         for model in self.models:
+            for output in model.outputs:
+                for column in sorted(set(output.columns_read()) - passthrough):
+                    place = f"model `{model.name}`: output `{output.kind}` reads the column `{column}`"
+                    known = f"; kept: {', '.join(sorted(passthrough))}" if passthrough else ""
+                    raise ValueError(f"{place}, which `input.keep` does not name{known}")
             written = {column for output in model.outputs for column in output.column_names()}
             for column in sorted(written & (passthrough | RESERVED_COLUMNS.keys())):
                 owner = "input.keep" if column in passthrough else "every result row"
@@ -268,6 +273,7 @@ def identity(job: JobSpec, model: ModelJob, card: Card, dtype: str) -> dict[str,
         "input": _plain(job.input, exclude=PLACES_AND_SPEED),
         "outputs": [_plain(output) for output in model.outputs],
         "dtype": dtype,
+        **({"reduces_labels": True} if card.reduces_labels else {}),
     }
 
 

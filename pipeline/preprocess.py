@@ -210,6 +210,15 @@ def read_settings(
     )
 
 
+def reduces_labels(config: Mapping[str, Any] | None) -> bool:
+    """Whether the processor takes class 0 of a segmentation's truth for background; also under the key's old name,
+    which the reference has come to ignore."""
+    given = dict(config or {})
+    given = given.get("image_processor") or given
+    said = given.get("do_reduce_labels")
+    return bool(given.get("reduce_labels") if said is None else said)
+
+
 def _processor_name(config: Mapping[str, Any], otherwise: str) -> str:
     """`ViTFeatureExtractor`, `ViTImageProcessorFast` and `ViTImageProcessorPil` are all `ViTImageProcessor`."""
     spelled = str(config.get("image_processor_type") or config.get("feature_extractor_type") or otherwise)

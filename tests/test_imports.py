@@ -25,6 +25,7 @@ LAYERS = [
     {"plan", "batch", "probe"},
     {"embed", "write", "commit"},
     {"local", "cluster"},
+    {"losses"},
     {"driver"},
     {"results", "verify", "progress", "catalogue"},
     {"cli"},
@@ -41,7 +42,7 @@ HEAVY = {
     "PIL": {"decode", "preprocess", "models", "outputs"},
     "simplejpeg": {"decode"},
     "pyarrow": {"schema", "storage", "read", "outputs", "plan", "batch", "embed", "write", "commit", "cluster"}
-    | {"results", "verify"},
+    | {"results", "verify", "losses"},
     "fsspec": {"storage"},
     "s3fs": {"storage"},
     "pydantic": {"job", "read", "outputs"},

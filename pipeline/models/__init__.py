@@ -104,6 +104,7 @@ class Card:
     labels: tuple[str, ...] = ()  # by class id; () where there is no head
     parameters: int = 0
     notes: tuple[str, ...] = field(default=())
+    reduces_labels: bool = False  # the processor takes class 0 of a segmentation's truth for background
 
 
 class Backbone(Protocol):

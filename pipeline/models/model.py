@@ -23,7 +23,7 @@ from pipeline.errors import CheckpointError, InputError, OutputUnavailable, Unkn
 from pipeline.models import FAMILIES, Backbone, Card, Family, Published
 from pipeline.models.checkpoint import RandomWeights, Weights, label_names, read_json, weight_files
 from pipeline.models.hub import CONFIG, PREPROCESSOR, find
-from pipeline.preprocess import Preprocessor, PreprocessSettings, normalize_on_device, read_settings
+from pipeline.preprocess import Preprocessor, PreprocessSettings, normalize_on_device, read_settings, reduces_labels
 from pipeline.schema import Bad, Pixels
 
 if TYPE_CHECKING:
@@ -110,6 +110,7 @@ class Opened:
     config: Mapping[str, Any]
     preprocess: PreprocessSettings
     weights: Weights
+    reduces_labels: bool = False
 
     @cached_property
     def module(self) -> Backbone:
@@ -145,6 +146,7 @@ class Opened:
             labels=label_names(self.config) if {"logits", "segmentation"} & gives.keys() else (),
             parameters=sum(parameter.numel() for parameter in cast(nn.Module, self.module).parameters()),
             notes=tuple(getattr(self.module, "notes", ())),
+            reduces_labels=self.reduces_labels,
         )
 
 
@@ -198,8 +200,9 @@ def open_checkpoint(
     if channels != 3:
         raise CheckpointError(f"{found.source}: {CONFIG}: num_channels: `{channels}`, but images are read as RGB")
     written = found.folder / PREPROCESSOR
-    preprocess = _preprocess(family, config, read_json(written) if written.is_file() else None, image_size)
-    return Opened(name, found.source, family, config, preprocess, weight_files(found.folder))
+    processor = read_json(written) if written.is_file() else None
+    preprocess = _preprocess(family, config, processor, image_size)
+    return Opened(name, found.source, family, config, preprocess, weight_files(found.folder), reduces_labels(processor))
 
 
 def published() -> list[tuple[Family, Published]]:
@@ -283,7 +286,8 @@ def _rehearsal(model: str, name: str, image_size: int | tuple[int, int] | None, 
     config = {"model_type": family.MODEL_TYPE, "architectures": [entry.architecture], **entry.config}
     preprocess = _preprocess(family, config, entry.preprocessor, image_size)
     weights = RandomWeights(seed, family.MODEL_TYPE, entry.architecture, config)
-    return Opened(name, f"{repo} with random({seed}) weights", family, config, preprocess, weights)
+    source = f"{repo} with random({seed}) weights"
+    return Opened(name, source, family, config, preprocess, weights, reduces_labels(entry.preprocessor))
 
 
 def _seed(weights: str) -> int:

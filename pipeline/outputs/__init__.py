@@ -32,6 +32,7 @@ OUTPUTS = {
     "attentions": ("pipeline.outputs.attentions", "Attentions"),
     "segmentation": ("pipeline.outputs.segmentation", "Segmentation"),
     "visual_tokens": ("pipeline.outputs.visual_tokens", "VisualTokens"),
+    "loss": ("pipeline.outputs.loss", "Loss"),
 }
 
 
@@ -53,11 +54,15 @@ class Output(Protocol):
     def column_names(self) -> tuple[str, ...]:
         """The columns, before any model is known: a job is refused when two outputs of a model share one."""
 
+    def columns_read(self) -> tuple[str, ...]:
+        """The passthrough columns that this output needs: a job that does not keep them is refused."""
+
     def wants(self, card: Card) -> frozenset[str]:
         """Features to ask of the model. Raises OutputUnavailable, naming what the checkpoint can give."""
 
     def fields(self, card: Card) -> list[pa.Field]:
-        """The columns' Arrow fields, none nullable; tensors are flat lists with `shape` in the field's metadata."""
+        """The columns' Arrow fields; tensors are flat lists with `shape` in the field's metadata. None is nullable but
+        a loss, which a row without a truth does not have."""
 
     def bytes_per_row(self, card: Card) -> int:
         """An upper bound of what one row adds to a part."""
@@ -80,6 +85,9 @@ class OutputSettings(BaseModel):
     """What every output's settings have in common: they cannot change, and a field that is not known is refused."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
+
+    def columns_read(self) -> tuple[str, ...]:
+        return ()
 
     def inputs(self, card: Card, rows: BatchRows) -> dict[str, Tensor]:
         return {}
@@ -129,6 +137,13 @@ def require(card: Card, feature: str, *, wanted_by: str) -> None:
     alike = [name for name in card.gives if name.partition(":")[0] == kind]
     message = f"{wanted_by} needs `{feature}`, which model `{card.name}` ({card.family}) does not give"
     raise OutputUnavailable(message, known=sorted(card.gives), hint=nearest(feature, alike))
+
+
+def passthrough_column(column: str, rows: BatchRows) -> Sequence[Any]:
+    """One value for each row. Raises PartFailed where the column is not kept."""
+    if column not in rows.passthrough:
+        raise PartFailed(f"no passthrough column `{column}`", known=tuple(rows.passthrough), hint="`keep` it")
+    return rows.passthrough[column]
 
 
 def tensor_field(name: str, shape: Sequence[int], dtype: FloatType) -> pa.Field:

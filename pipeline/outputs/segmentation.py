@@ -16,16 +16,15 @@ import pyarrow as pa
 from PIL import Image
 from pydantic import Field
 
-from pipeline.errors import OutputUnavailable
 from pipeline.models import Card
 from pipeline.outputs import BatchRows, ColumnName, OutputSettings, not_finite, require
+from pipeline.outputs.maps import require_whole_image, upsampled
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 Ids = npt.NDArray[np.integer[Any]]
 
-SCORE_BYTES = 64 << 20  # of upsampled scores on the device at one time
 # one mask at the source's size, for planning: photographs' label maps take 5 to 10 kB a megapixel. A part whose masks
 # are larger than this is larger, and still one object
 SOURCE_MASK_BYTES = {"png": 64 << 10, "rle": 128 << 10}
@@ -63,12 +62,8 @@ class Segmentation(OutputSettings):
 
     def wants(self, card: Card) -> frozenset[str]:
         require(card, "segmentation", wanted_by="output `segmentation`")
-        resized = card.preprocess.resize_height, card.preprocess.resize_width
-        if self.size == "source" and (card.preprocess.resize != "exact" or card.preprocess.size_HW != resized):
-            raise OutputUnavailable(
-                f"output `segmentation`: model `{card.name}` sees a crop, which has no mask for the whole source image",
-                hint="use `size: model`, or a checkpoint whose processor resizes to its size without a crop",
-            )
+        if self.size == "source":
+            require_whole_image(card, "output `segmentation`", "use `size: model`, or a checkpoint")
         return frozenset(["segmentation"])
 
     def fields(self, card: Card) -> list[pa.Field]:
@@ -115,21 +110,15 @@ class Segmentation(OutputSettings):
 def best_classes(scores_Khw: Tensor, size_HW: tuple[int, int]) -> Tensor:
     """Scores upsampled to a size, and the best class of each pixel, as uint8 or int16, on the scores' device.
 
-    A few classes are upsampled at a time, so that a large source image does not need K maps of its size at once; each
-    class's map, and so the result, is the same as if all were."""
+    Done a few classes at a time; the result is the same as if all were."""
     import torch
-    import torch.nn.functional as F
 
-    K, kind = len(scores_Khw), torch.uint8 if len(scores_Khw) <= 256 else torch.int16
+    kind = torch.uint8 if len(scores_Khw) <= 256 else torch.int16
     if tuple(scores_Khw.shape[1:]) == tuple(size_HW):
         return scores_Khw.argmax(0).to(kind)
-    step = max(1, SCORE_BYTES // (4 * size_HW[0] * size_HW[1]))
     best_HW = torch.full(size_HW, float("-inf"), device=scores_Khw.device)
     ids_HW = torch.zeros(size_HW, dtype=kind, device=scores_Khw.device)
-    for first in range(0, K, step):
-        some_kHW = F.interpolate(
-            scores_Khw[None, first : first + step], size=size_HW, mode="bilinear", align_corners=False
-        )[0]
+    for first, some_kHW in upsampled(scores_Khw, size_HW):
         values_HW, places_HW = some_kHW.max(0)
         better_HW = values_HW > best_HW
         ids_HW = torch.where(better_HW, (places_HW + first).to(kind), ids_HW)

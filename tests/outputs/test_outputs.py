@@ -9,6 +9,7 @@ import subprocess
 import sys
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -18,6 +19,7 @@ from pydantic import ValidationError
 from pipeline.errors import OutputUnavailable, PartFailed
 from pipeline.models import Card
 from pipeline.outputs import OUTPUTS, BatchRows, TensorOutput
+from pipeline.outputs.segmentation import png
 from pipeline.preprocess import PreprocessSettings
 
 NAMES = ("tench", "great white shark", "Eskimo dog, husky", "ключ", "", "ox", "ram", "cat", "hen", "ladybug")
@@ -38,6 +40,7 @@ GIVES = {
     "segmentation": (10, 4, 4),
     "visual_tokens": (16, 32),
 }
+TRUTHS: dict[str, Any] = {"label": 3, "shares": [0.5] * 10, "map": png(np.full((6, 5), 2), 10), "codes": [31] * 16}
 
 # per kind: every setting that changes what is written; () stands for the defaults
 VARIANTS: dict[str, list[dict[str, Any]]] = {
@@ -59,6 +62,12 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
         {"size": "model", "encoding": "rle", "histogram": False, "name": "m"},
     ],
     "visual_tokens": [{}, {"mask_ratio": 0, "top_k": 3}, {"seed": 7, "mask_ratio": 0.9, "top_k": 99, "name": "codes"}],
+    "loss": [
+        {"truth": "label"},
+        {"truth": "shares", "head": "cls", "name": "bce"},
+        {"truth": "map", "of": "segmentation", "reduce_labels": False},
+        {"truth": "codes", "of": "visual_tokens", "mask_ratio": 0.5},
+    ],
 }
 CASES = [
     pytest.param(kind, fields, id=f"{kind}-{i}")
@@ -78,7 +87,11 @@ def card(gives: dict[str, tuple[int, ...]] = GIVES, labels: tuple[str, ...] = NA
 
 
 def batch(count: int) -> BatchRows:
-    return BatchRows([f"k{i}" for i in range(count)], [(40 + i, 60) for i in range(count)])
+    return BatchRows(
+        [f"k{i}" for i in range(count)],
+        [(40 + i, 60) for i in range(count)],
+        {name: [value] * count for name, value in TRUTHS.items()},
+    )
 
 
 def features(wants: frozenset[str], count: int, seed: int = 0) -> dict[str, torch.Tensor]:
@@ -103,7 +116,7 @@ def test_columns_are_as_declared(kind: str, fields: dict[str, Any]) -> None:
     assert tuple(f.name for f in declared) == output.column_names()
     assert [a.type for a in arrays] == [f.type for f in declared]
     assert [len(a) for a in arrays] == [3] * len(declared)
-    assert not any(f.nullable for f in declared)
+    assert [f.name for f in declared if f.nullable] == (list(output.column_names()) if kind == "loss" else [])
     assert not any(a.null_count for a in arrays)
     for array in arrays:
         array.validate(full=True)
@@ -119,7 +132,8 @@ def test_a_row_does_not_depend_on_its_batch(kind: str, fields: dict[str, Any]) -
     output = make(kind, **fields)
     given = features(output.wants(card()), 6)
     whole = output.columns(card(), given, batch(6))
-    rows = BatchRows(batch(6).keys[2:4], batch(6).sizes_HW[2:4])
+    kept = {name: values[2:4] for name, values in batch(6).passthrough.items()}
+    rows = BatchRows(batch(6).keys[2:4], batch(6).sizes_HW[2:4], kept)
     part = output.columns(card(), {name: x[2:4] for name, x in given.items()}, rows)
     assert [a.slice(2, 2).to_pylist() for a in whole] == [a.to_pylist() for a in part]
 

@@ -17,7 +17,7 @@ from transformers.modeling_outputs import SemanticSegmenterOutput
 
 from pipeline.errors import OutputUnavailable
 from pipeline.models import Card
-from pipeline.outputs import BatchRows, segmentation
+from pipeline.outputs import BatchRows, maps
 from pipeline.outputs.segmentation import Segmentation, best_classes, coco_runs, png
 from pipeline.preprocess import PreprocessSettings
 
@@ -65,7 +65,7 @@ def test_model_masks_equal_the_reference_without_target_sizes() -> None:
 @pytest.mark.parametrize("score_bytes", [1, 4 * 64 * 48 * 3])
 def test_a_few_classes_at_a_time_give_the_same_mask(score_bytes: int, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = best_classes(scores()[0], (64, 48))
-    monkeypatch.setattr(segmentation, "SCORE_BYTES", score_bytes)
+    monkeypatch.setattr(maps, "SCORE_BYTES", score_bytes)
     assert torch.equal(best_classes(scores()[0], (64, 48)), whole)
 
 
@@ -80,12 +80,12 @@ def test_memory_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(torch.nn.functional, "interpolate", counted)
     best_classes(scores(40, 1)[0], (700, 900))
-    assert len(seen) > 1 and max(seen) <= segmentation.SCORE_BYTES
+    assert len(seen) > 1 and max(seen) <= maps.SCORE_BYTES
 
 
 def test_the_lower_class_of_equal_scores_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     for score_bytes in (1, 1 << 20):
-        monkeypatch.setattr(segmentation, "SCORE_BYTES", score_bytes)
+        monkeypatch.setattr(maps, "SCORE_BYTES", score_bytes)
         assert not best_classes(torch.zeros(4, 6, 5), (9, 9)).any()
 
 

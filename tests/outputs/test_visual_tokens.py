@@ -18,7 +18,8 @@ from pipeline.models import Card
 from pipeline.models.model import Model
 from pipeline.outputs import BatchRows
 from pipeline.outputs.embedding import Embedding
-from pipeline.outputs.visual_tokens import VisualTokens, drawn
+from pipeline.outputs.masking import drawn
+from pipeline.outputs.visual_tokens import VisualTokens
 from pipeline.preprocess import PreprocessSettings
 from tests.models import oracle
 
