@@ -67,12 +67,14 @@ class Output:
         return cls(store or Store(), resolve(uri).rstrip("/"))
 
     def check_store(self) -> None:
-        """Refuse a store that overwrites where it was told not to: there, two drivers could double rows."""
+        """Refuse a store that overwrites where it was told not to: there, two drivers could double rows.
+        On a disk, also remove what writers left that were killed a day ago or more."""
         if not self.store.creates_exclusively(self.uri):
             raise StorageError(
                 f"{self.uri}: this store ignores `If-None-Match: *`, so a part could be written over",
                 hint="use a store with conditional writes (AWS S3, MinIO, Ceph, GCS, Azure, a local disk)",
             )
+        self.store.sweep(self.uri)
 
     def begin(self, identities: Mapping[str, Mapping[str, Any]], make_plan: Callable[[], Plan]) -> tuple[Plan, str]:
         """The frozen plan of this output and its hash: the stored one, or ours if we are first.

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import pytest
 
@@ -104,6 +107,17 @@ def test_many_writers_one_winner(output_root: str) -> None:
     assert sorted(outcomes) == ["created"] + ["done"] * 11
     winner = outcomes.index("created")
     assert out.store.read(join(out.uri, "part")) == str(winner).encode() * 1000
+
+
+def test_what_killed_writers_left_on_a_disk_is_removed_after_a_day(tmp_path: Path) -> None:
+    out = Output.at(str(tmp_path / "out"))
+    out.put_once("model=m/part", b"1")
+    old, new = (tmp_path / "out" / "model=m" / f".part.tmp-{c * 32}" for c in "ab")
+    for path in (old, new):
+        path.write_bytes(b"half")
+    os.utime(old, (0, time.time() - 25 * 3600))
+    out.check_store()
+    assert sorted(path.name for path in old.parent.iterdir()) == [new.name, "part"]
 
 
 def plan(seed: int = 0, parts: int = 3) -> Plan:
