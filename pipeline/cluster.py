@@ -13,6 +13,7 @@ import os
 import pickle
 import warnings
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import pyarrow as pa
@@ -56,11 +57,25 @@ def _init(address: str | None) -> None:
         # every pool of restartable actors logs an "error" that is none, in the middle of the progress display
         os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     try:
-        ray.init(address=joined, logging_level=logging.ERROR, log_to_driver=False, **own)
+        with nullcontext() if joined else _silent_stderr():
+            ray.init(address=joined, logging_level=logging.ERROR, log_to_driver=False, **own)
     except (ConnectionError, RuntimeError, ValueError) as error:
         raise JobFailed(
             f"no Ray cluster at `{joined}`: {error}", hint="leave out the address to start one here"
         ) from None
+
+
+@contextmanager
+def _silent_stderr() -> Iterator[None]:
+    """Ray's C++ half announces its log level to file descriptor 2, out of Python's reach; exceptions still arrive."""
+    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)
 
 
 def stream(parts: Iterable[Part], work: Work) -> Iterator[Embedded | Failed]:
