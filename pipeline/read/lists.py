@@ -147,11 +147,11 @@ class ParquetList:
     """Columns with their own types."""
 
     def fields(self, store: Store, entry: Entry, kept: Sequence[Kept]) -> list[pa.Field]:
-        footer = next(read_footers(store, [entry], ""))
+        footer = next(read_footers(store, [entry]))
         return kept_fields(kept, footer.schema, entry.uri)
 
     def pieces(self, store: Store, entry: Entry, needed: Sequence[str], limits: PartLimits) -> Iterator[Piece]:
-        footer = next(read_footers(store, [entry], needed[0]))
+        footer = next(read_footers(store, [entry]))
         for name in needed:
             find_column(footer.schema, name, entry.uri, "uri" if name == needed[0] else "key")
         kind = footer.schema.field(needed[0]).type

@@ -81,7 +81,7 @@ class ParquetRows(SourceSettings):
         if not self.keep:
             return pa.schema([])
         with input_exists():
-            footer = next(read_footers(self.store, self.store.expand(self.uris[:1])[:1], self.image))
+            footer = next(read_footers(self.store, self.store.expand(self.uris[:1])[:1]))
         return pa.schema(kept_fields(self.kept, footer.schema, footer.entry.uri))
 
     def _entries(self) -> list[Entry]:
@@ -90,7 +90,7 @@ class ParquetRows(SourceSettings):
     def _footers(self) -> Iterator[Footer]:
         """Of every file, each checked for the columns and against the first."""
         first = None
-        for footer in read_footers(self.store, self._entries(), self.image):
+        for footer in read_footers(self.store, self._entries()):
             first = first or footer
             self._check_columns(footer)
             check_same_fields(first, footer, self.kept)

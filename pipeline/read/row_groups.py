@@ -23,6 +23,7 @@ FOOTERS_AT_ONCE = 16
 BUFFER_BYTES = 1 << 20
 BATCH_BYTES = 32 << 20
 MAX_BATCH_ROWS = 1024
+MOST_ROWS, MOST_BYTES = 1 << 31, 1 << 40  # of one row group: beyond, the footer is damaged
 # what pyarrow raises for bytes that are not Parquet; a store's errors are ours and pass through it
 UNREADABLE = (pa.ArrowException, OSError, ValueError, TypeError, IndexError, OverflowError)
 
@@ -45,22 +46,22 @@ class BrokenRows:
     message: str
 
 
-def read_footers(store: Store, entries: Iterable[Entry], column: str) -> Iterator[Footer]:
+def read_footers(store: Store, entries: Iterable[Entry]) -> Iterator[Footer]:
     """In the entries' order, many at a time. Raises InputError for a file that is no Parquet."""
-    for _, footer in fetch_in_order(entries, partial(_read_footer, store, column), FOOTERS_AT_ONCE):
+    for _, footer in fetch_in_order(entries, partial(_read_footer, store), FOOTERS_AT_ONCE):
         yield footer
 
 
-def _read_footer(store: Store, column: str, entry: Entry) -> Footer:
+def _read_footer(store: Store, entry: Entry) -> Footer:
     with store.open(entry.uri, expect=entry) as file, _parquet_errors(entry.uri):
         parquet = open_parquet(file, entry.uri)
-        metadata = parquet.metadata
-        names = [metadata.schema.column(i).path for i in range(metadata.num_columns)]
-        leaves = [i for i, name in enumerate(names) if name == column or name.startswith(f"{column}.")]
-        groups = [metadata.row_group(i) for i in range(metadata.num_row_groups)]
-        sizes = [sum(group.column(i).total_uncompressed_size for i in leaves) for group in groups]
-        rows = [group.num_rows for group in groups]
-        return Footer(entry, parquet.schema_arrow, tuple(zip(rows, sizes, strict=True)))
+        # not the sizes of single columns: in a damaged footer they may be missing, and pyarrow then aborts the process
+        groups = [parquet.metadata.row_group(i) for i in range(parquet.metadata.num_row_groups)]
+        claimed = [(group.num_rows, group.total_byte_size) for group in groups]
+        for rows, size_bytes in claimed:
+            if not (0 <= rows < MOST_ROWS and 0 <= size_bytes < MOST_BYTES):
+                raise ValueError(f"a row group claims {rows} rows and {size_bytes} bytes")
+        return Footer(entry, parquet.schema_arrow, tuple(claimed))
 
 
 def open_parquet(file: BinaryIO, uri: str) -> pq.ParquetFile:
@@ -86,7 +87,7 @@ def pieces_of(footer: Footer, limits: PartLimits) -> Iterator[Piece]:
     """One piece for each row group; several of equal length where one alone is above the limits."""
     entry, first = footer.entry, 0
     for rows, size_bytes in footer.groups:
-        count = max(-(-rows // limits.rows), -(-size_bytes // limits.size_bytes))
+        count = min(rows, max(-(-rows // limits.rows), -(-size_bytes // limits.size_bytes)))
         cuts = [rows * i // count for i in range(count + 1)] if rows else []
         for start, stop in itertools.pairwise(cuts):
             share = size_bytes * stop // rows - size_bytes * start // rows
