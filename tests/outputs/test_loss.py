@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,7 @@ from pipeline.outputs import BatchRows, maps
 from pipeline.outputs.loss import Loss, loss_of_map
 from pipeline.preprocess import PreprocessSettings
 from pipeline.results import open_results
+from pipeline.storage import Store
 from tests.models import oracle
 from tests.models.test_beit import TINY as BEIT
 from tests.models.test_bit import TINY as BIT
@@ -59,9 +61,9 @@ PROBLEMS: dict[str, tuple[str | None, int, list[Any]]] = {
     "shares": (None, 3, [[1.0, 0.0, 1.0], [0.0, 0.0, 0.0], [0.25, 0.5, 1.0]]),
     "shares, said": ("multi_label_classification", 3, [[1.0, 0.0, 1.0], [0.0, 1.0, 0.0], [1.0, 1.0, 1.0]]),
 }
-SEGMENTS = {"num_labels": 7, "out_indices": [1, 2, 3, 4], "num_hidden_layers": 4, "hidden_size": 32}
+SEGMENTS: dict[str, Any] = {"num_labels": 7, "out_indices": [1, 2, 3, 4], "num_hidden_layers": 4, "hidden_size": 32}
 NOISE = np.random.default_rng(0).integers(0, 7, (60, 60))
-MASKED = {"use_mask_token": True, "vocab_size": 11}
+MASKED: dict[str, Any] = {"use_mask_token": True, "vocab_size": 11}
 
 
 def rows(**passthrough: Any) -> BatchRows:
@@ -69,7 +71,9 @@ def rows(**passthrough: Any) -> BatchRows:
     return BatchRows([f"k{i}" for i in range(count)], [(40, 40)] * count, passthrough)
 
 
-def card(gives: dict[str, tuple[int, ...]], labels: tuple[str, ...] = (), reduces: bool = False, **config: Any) -> Card:
+def card(
+    gives: Mapping[str, tuple[int, ...]], labels: tuple[str, ...] = (), reduces: bool = False, **config: Any
+) -> Card:
     settings = PreprocessSettings("exact", 32, 32, "bilinear", None, None)
     return Card("tiny", "beit", "fake:", "0", config, settings, gives, "", labels, reduces_labels=reduces)
 
@@ -361,16 +365,16 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def loss_job(made: Path, out: Path, truth: str = "label", **more: Any) -> dict[str, Any]:
+def loss_job(made: Path, out: Path | str, truth: str = "label", **more: Any) -> dict[str, Any]:
     document = job_dict(f"{made}/in/*.tar", made / "model", str(out), **more)
     document["models"][0]["outputs"] = [{"kind": "logits"}, {"kind": "loss", "truth": truth}]
     return document
 
 
-def test_a_job_reports_the_mean(made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    job = parse_job(loss_job(made, tmp_path / "out"))
+def test_a_job_reports_the_mean(made: Path, output_root: str, capsys: pytest.CaptureFixture[str]) -> None:
+    job = parse_job(loss_job(made, output_root))
     summary = run(job, "local")
-    table = open_results(str(tmp_path / "out")).to_table()
+    table = open_results(output_root).to_table()
     logits_BK = torch.tensor(np.stack(table["logits"].to_numpy()))
     expected = torch.nn.functional.cross_entropy(logits_BK, torch.tensor(table["label"].to_pylist()), reduction="none")
     assert table["loss"].to_pylist() == pytest.approx(expected.tolist(), rel=1e-5)
@@ -378,7 +382,7 @@ def test_a_job_reports_the_mean(made: Path, tmp_path: Path, capsys: pytest.Captu
     assert table.num_rows == GOOD and table.schema.field("loss").nullable
     again = run(job, "local")  # nothing is left to do, and it still says so
     assert again.losses == summary.losses
-    assert json.loads((tmp_path / "out" / "_SUCCESS").read_text())["losses"] == summary.losses
+    assert json.loads(Store().read(f"{output_root}/_SUCCESS"))["losses"] == summary.losses
     cli.print_summary(again)
     assert f"loss       tiny.loss {summary.losses['tiny.loss']:.4f}\n" in capsys.readouterr().out
 
