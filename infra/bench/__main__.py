@@ -1,0 +1,54 @@
+"""Speed of models and of decoding beside transformers and Pillow -> tables on stdout, and a file for each.
+
+    python -m infra.bench [models|decode ...] [--quick] [--threads 2] [--rounds 7] [--only bit-50 ...] [--out FOLDER]
+
+Without a name, both. `--quick` is for looking whether it works: one round, small batches, results to out/bench.
+Exit status 1 where a contestant does not give what the reference gives; a floor that is not reached is printed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from infra.bench import decode, models
+from infra.bench.contest import Rules
+from infra.bench.report import Report
+
+SUITES: dict[str, Callable[[Rules, int, Sequence[str]], Report]] = {"models": models.report, "decode": decode.report}
+RESULTS = Path(__file__).parent / "results"
+QUICK_RESULTS = Path("out/bench")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = _options(arguments)
+    rules = Rules(rounds=1, round_s=0.0, quick=True) if options.quick else Rules(rounds=options.rounds)
+    folder: Path = options.out or (QUICK_RESULTS if options.quick else RESULTS)
+    good = True
+    for name in options.suites or SUITES:
+        report = SUITES[name](rules, options.threads, options.only)
+        print(report.markdown())
+        print(f"written: {', '.join(map(str, report.write(folder)))}")
+        good = good and report.agrees
+    return 0 if good else 1
+
+
+def _options(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("suites", nargs="*", metavar="models|decode")
+    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--threads", type=int, default=2, help="of each model; decoding is always measured with one")
+    parser.add_argument("--rounds", type=int, default=7, help="undisturbed rounds whose median is taken")
+    parser.add_argument("--only", nargs="+", default=[], metavar="SUBJECT", help="models or image sets by name")
+    parser.add_argument("--out", type=Path, help="folder for the results")
+    options = parser.parse_args(arguments)
+    unknown = set(options.suites) - SUITES.keys()
+    if unknown:
+        parser.error(f"unknown suite {', '.join(sorted(unknown))}; known: {', '.join(SUITES)}")
+    return options
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,36 @@
+"""What a result was measured on and with."""
+
+from __future__ import annotations
+
+import os
+import platform
+from collections.abc import Iterable
+from importlib.metadata import version
+from pathlib import Path
+
+MATRIX_FLAGS = ("amx_bf16", "amx_fp16", "amx_int8", "avx512_bf16", "avx512_vnni", "avx512f", "avx2")
+
+
+def cpu() -> str:
+    """Name, cores, and the units that multiply matrices."""
+    model = _cpuinfo("model name") or platform.processor() or platform.machine()
+    flags = set(_cpuinfo("flags").split())
+    units = ", ".join(flag for flag in MATRIX_FLAGS if flag in flags)
+    return f"{model}, {os.cpu_count()} cores, {units or platform.machine()}"
+
+
+def versions(packages: Iterable[str]) -> str:
+    return ", ".join([f"Python {platform.python_version()}", *(f"{name} {version(name)}" for name in packages)])
+
+
+def load() -> str:
+    """Load average over the last minute."""
+    return f"{os.getloadavg()[0]:.2f}"
+
+
+def _cpuinfo(key: str) -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return ""
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith(key)), "")
