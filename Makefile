@@ -30,6 +30,9 @@ check-style: $(STAMP)
 bench: $(STAMP)  ## side-by-side speed of models against the reference
 	$(BIN)/python -m infra.bench
 
+parity: $(STAMP)  ## every published model at full depth against the reference (tens of minutes, 12 GB of memory)
+	$(BIN)/python -m tests.models.parity
+
 s3: $(STAMP)  ## start a real S3 server (Ceph RGW) on loopback, for trying things by hand
 	infra/s3/rgw.sh start
 
