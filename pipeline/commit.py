@@ -132,8 +132,9 @@ class Output:
                 return "done"
         raise OutcomeUnknown(f"{uri}: not created after {PUT_TRIES} tries: {last}", hint="run the same command again")
 
-    def finish(self, plan: Plan, totals: Callable[[list[Footer]], dict[str, Any]]) -> dict[str, Any]:
-        """Gather footers into the manifest and the rejects. The caller decides whether _SUCCESS follows."""
+    def finish(self, plan: Plan) -> list[tuple[str, Footer]]:
+        """Gather the footers, each with its model, into the manifest and the rejects. The caller judges them and
+        decides whether _SUCCESS follows. Raises RunMismatch for files of another run."""
         names = sorted(plan.file_name(model, part) for model in plan.identities for part in plan.parts)
         files = self.part_files()
         foreign = sorted(files.keys() - set(names))
@@ -145,7 +146,7 @@ class Output:
         footers = self.footers([files[name] for name in names])
         self.put_once(REJECTS, encode_rejects(zip(names, footers, strict=True)))
         self.put_once(MANIFEST, _encode_manifest(names, files, footers))
-        return totals(footers)
+        return [(model_of(name), footer) for name, footer in zip(names, footers, strict=True)]
 
     def succeed(self, totals: Mapping[str, Any]) -> None:
         self.put_once(SUCCESS, json.dumps(totals, indent=1, sort_keys=True).encode())
@@ -181,6 +182,10 @@ def parse_name(name: str) -> tuple[str, int, str] | None:
     return (match["model"], int(match["index"]), match["id"]) if match else None
 
 
+def model_of(name: str) -> str:
+    return name.split("/")[0].removeprefix("model=")
+
+
 def read_footer(store: Store, entry: Entry) -> Footer:
     """A part's own account, from the last bytes of its file. Raises StorageError for a file that is not whole."""
     tail_bytes = min(entry.size_bytes, 64 << 10)
@@ -212,14 +217,14 @@ def parse_footer(metadata: pq.FileMetaData) -> Footer:
 def encode_rejects(parts: Iterable[tuple[str, Footer]]) -> bytes:
     rows = []
     for name, footer in parts:
-        model = name.split("/")[0].removeprefix("model=")
+        model = model_of(name)
         rows += [{"model": model, "part": footer.part_index, **reject} for reject in footer.rejects]
     return _parquet(pa.Table.from_pylist(rows, schema=REJECT_SCHEMA))
 
 
 def _encode_manifest(names: list[str], files: Mapping[str, Entry], footers: list[Footer]) -> bytes:
     rows = [
-        {"file": name, "model": name.split("/")[0].removeprefix("model="), "part": footer.part_index,
+        {"file": name, "model": model_of(name), "part": footer.part_index,
          "rows_in": footer.rows_in, "rows": footer.rows, "rejects": len(footer.rejects),
          "size_bytes": files[name].size_bytes}
         for name, footer in zip(names, footers, strict=True)

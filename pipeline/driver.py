@@ -208,7 +208,7 @@ def _images(result: Embedded) -> set[int]:
 
 def _finish(job: JobSpec, output: Output, plan: Plan, tally: Tally) -> Summary:
     """Gather, judge the rejects, and mark the output as complete. Raises RejectLimitExceeded."""
-    totals = output.finish(plan, lambda footers: _totals(plan, footers))
+    totals = _totals(plan, output.finish(plan))
     losses = mean_losses(job, output, plan)
     seconds = time.monotonic() - tally.started
     summary = Summary(
@@ -237,13 +237,12 @@ def _finish(job: JobSpec, output: Output, plan: Plan, tally: Tally) -> Summary:
     return summary
 
 
-def _totals(plan: Plan, footers: list[Footer]) -> dict[str, Any]:
-    """Counts over the whole output. Footers come in the order of the sorted file names, model by model."""
-    names = sorted(name for name in plan.identities for _ in plan.parts)
+def _totals(plan: Plan, footers: list[tuple[str, Footer]]) -> dict[str, Any]:
+    """Counts over the whole output, from each file's footer and the model that it belongs to."""
     written: Counter[str] = Counter()
     reasons: dict[tuple[int, int], str] = {}
     rows_in: dict[int, int] = {}
-    for name, footer in zip(names, footers, strict=True):
+    for name, footer in footers:
         written[name] += footer.rows
         if rows_in.setdefault(footer.part_index, footer.rows_in) != footer.rows_in:
             raise StorageError(f"part {footer.part_index}: its models do not agree on how many rows came in")

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.commit import MANIFEST, PLAN, REJECTS, RUN, SUCCESS, Footer, Output, parse_footer
+from pipeline.commit import MANIFEST, PLAN, REJECTS, RUN, SUCCESS, Footer, Output, model_of, parse_footer
 from pipeline.errors import InputError, StorageError
 from pipeline.plan import Plan, plan_hash
 from pipeline.schema import Part
@@ -108,11 +108,10 @@ def _check_records(output: Output, plan: Plan, good: dict[str, Checked], complet
     yield from _check_table(output, MANIFEST, lambda table: _manifest_problems(table, good))
     yield from _check_table(output, REJECTS, lambda table: _reject_problems(table, good))
     if complete:
-        written = Counter[str]()
-        for checked in good.values():
-            written[checked.footer.identity] += checked.footer.rows
-        said = {plan.identity(name): rows for name, rows in totals["rows_written"].items()}
-        if dict(written) != said:
+        written = dict.fromkeys(plan.identities, 0)
+        for name, checked in good.items():
+            written[model_of(name)] += checked.footer.rows
+        if written != totals["rows_written"]:
             yield f"{SUCCESS} says {totals['rows_written']} rows, the parts hold {sum(written.values())}"
 
 
@@ -140,7 +139,7 @@ def _manifest_problems(table: pa.Table, good: dict[str, Checked]) -> Iterator[st
 def _reject_problems(table: pa.Table, good: dict[str, Checked]) -> Iterator[str]:
     said = Counter((row["model"], row["part"]) for row in table.to_pylist())
     for name, checked in good.items():
-        model = name.split("/")[0].removeprefix("model=")
+        model = model_of(name)
         count = said[(model, checked.footer.part_index)]
         if count != len(checked.footer.rejects):
             yield f"{REJECTS} has {count} rejects of {name}, its footer {len(checked.footer.rejects)}"

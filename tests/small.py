@@ -29,6 +29,13 @@ def jpeg(seed: int) -> bytes:
     return sink.getvalue()
 
 
+def thin_png() -> bytes:
+    """One pixel wide and 20,000 high: scaled by its short side to 64, it would have 82 million."""
+    sink = io.BytesIO()
+    Image.new("RGB", (1, 20_000)).save(sink, "PNG")
+    return sink.getvalue()
+
+
 def make_shards(folder: Path, shards: int = SHARDS, per_shard: int = PER_SHARD, broken: bool = True) -> list[Path]:
     """Tars `000.tar` ...: `<shard>/<n>.jpg` with a `.json` sidecar {"label": n % 5, "caption": text}."""
     folder.mkdir(parents=True, exist_ok=True)

@@ -20,7 +20,19 @@ from pipeline.errors import InputError, JobFailed, RejectLimitExceeded, RunMisma
 from pipeline.results import open_results, read_rejects, status
 from pipeline.storage import Store
 from pipeline.verify import verify
-from tests.small import BROKEN, GOOD, ROWS, SHARDS, add_member, job_dict, make_checkpoint, make_shards, small_job
+from tests.small import (
+    BROKEN,
+    GOOD,
+    ROWS,
+    SHARDS,
+    add_member,
+    job_dict,
+    jpeg,
+    make_checkpoint,
+    make_shards,
+    small_job,
+    thin_png,
+)
 
 
 @pytest.fixture(scope="module")
@@ -118,6 +130,24 @@ def test_ray_writes_the_same_files_as_one_process(
     assert len(first) == SHARDS
     for other in written.values():
         assert other == first
+
+
+def test_models_whose_names_begin_alike_are_told_apart(shards: str, checkpoint: Path, tmp_path: Path) -> None:
+    """`tiny-2/` sorts before `tiny/`, and `tiny` before `tiny-2`."""
+    first = job_dict(shards, checkpoint, str(tmp_path / "out"))["models"][0]
+    long_and_thin = {**first, "name": "tiny-2", "model": str(make_checkpoint(tmp_path / "other"))}
+    (tmp_path / "other" / "preprocessor_config.json").write_text(
+        '{"image_processor_type": "ViTImageProcessor", "size": {"height": 64, "width": 64}}'
+    )
+    with tarfile.open(tmp_path / "thin.tar", "w") as tar:
+        add_member(tar, "good.jpg", jpeg(1))
+        add_member(tar, "thin.png", thin_png())
+    document = job_dict(f"{tmp_path}/thin.tar", checkpoint, str(tmp_path / "out"), reject_limit=1.0)
+    summary = run(pipeline.parse_job({**document, "models": [first, long_and_thin]}), "local")
+    # a shortest edge of 64 makes the thin image too long; squashed to 64 x 64 it is an image like any other
+    assert summary.rows_written == {"tiny": 1, "tiny-2": 2}
+    assert summary.rejected == {"aspect_ratio": 1}
+    assert verify(Output.at(document["output"]["uri"])) == []
 
 
 def upload(shards: str, bucket: str) -> str:
