@@ -37,7 +37,8 @@ class Preparer:
 
     def __init__(self, work: Work) -> None:
         self.policy = work.job.decode.policy()
-        self.croppers = {card.preprocess: Preprocessor(card.preprocess) for card in work.cards.values()}
+        geometries = {card.preprocess.geometry for card in work.cards.values()}
+        self.croppers = {geometry: Preprocessor(geometry) for geometry in geometries}
 
     def __call__(self, batch: Batch) -> Prepared:
         started = time.perf_counter()
@@ -111,7 +112,7 @@ class Embedder:
         started = time.perf_counter()
         tables, rejects = {}, {}
         for wanted, model in self.models:
-            crops = prepared.crops[model.card.preprocess]
+            crops = prepared.crops[model.card.preprocess.geometry]
             tables[wanted.name] = self._embed(wanted, model, prepared, crops)
             rejects[wanted.name] = prepared.rejects + crops.rejects
         seconds = {**prepared.seconds, "embed": time.perf_counter() - started}

@@ -8,7 +8,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 import numpy as np
@@ -53,6 +53,11 @@ class PreprocessSettings:
         if self.crop_height is not None and self.crop_width is not None:
             return self.crop_height, self.crop_width
         return self.resize_height, self.resize_width
+
+    @property
+    def geometry(self) -> PreprocessSettings:
+        """The same without what happens on the device: models that share it share their crops."""
+        return replace(self, rescale_factor=1.0, mean=(), std=(), do_normalize=False)
 
     @property
     def backend(self) -> Literal["torch", "pillow"]:

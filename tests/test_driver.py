@@ -17,6 +17,7 @@ from pipeline import embed
 from pipeline.commit import Output, parse_name
 from pipeline.driver import Summary, run
 from pipeline.errors import InputError, JobFailed, RejectLimitExceeded, RunMismatch, StorageError
+from pipeline.preprocess import Preprocessor
 from pipeline.results import open_results, read_rejects, status
 from pipeline.storage import Store
 from pipeline.verify import verify
@@ -114,6 +115,20 @@ def test_each_image_is_decoded_once_however_many_models(
     assert sum(summary.rejected.values()) == len(BROKEN)  # an image that both models lack counts once
     assert verify(Output.at(job.output.uri)) == []
     assert open_results(job.output.uri, "wide").to_table()["model"].to_pylist() == ["wide"] * GOOD
+
+
+def test_models_of_one_geometry_share_their_crops(
+    shards: str, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = make_checkpoint(tmp_path / "other", seed=3)
+    settings = json.loads((other / "preprocessor_config.json").read_text())
+    (other / "preprocessor_config.json").write_text(json.dumps({**settings, "image_mean": [0.5] * 3}))
+    document = job_dict(shards, checkpoint, str(tmp_path / "out"))
+    second = {"model": str(other), "name": "other", "outputs": [{"kind": "embedding"}]}
+    made: list[object] = []
+    monkeypatch.setattr(embed, "Preprocessor", lambda settings: made.append(settings) or Preprocessor(settings))
+    run(pipeline.parse_job({**document, "models": [*document["models"], second]}), "local")
+    assert len(made) == 1
 
 
 @pytest.mark.slow
