@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import fnmatch
+import hashlib
 import importlib.metadata
 import json
 import os
@@ -30,6 +31,7 @@ from tests.models.parity_of_one import Found
 
 ROOT = Path(__file__).parents[2]
 RESULT = ROOT / "infra/bench/results/parity.md"
+MODEL_CODE = ROOT / "pipeline/models"
 RANDOM_TESTS = ("test_random_combinations", "test_fields_together")  # one of them in each family's test file
 PACKAGES = ("torch", "transformers", "safetensors", "numpy", "hypothesis")
 
@@ -118,7 +120,8 @@ def _told(result: Found | Died, number: int, total: int) -> Found | Died:
     state = "FAILED" if result.wrong else "agrees"
     far = f"plain {result.plain:.1e}, fast {result.fast:.1e}, second dialect {result.second:.1e}"
     drift = ", ".join(f"{name} {cosine:.5f}" for name, cosine in result.bfloat16.items())
-    print(f"[{number}/{total}] {result.repo}: {state}: {far}; bfloat16 {drift}; {result.seconds:.0f} s", flush=True)
+    times = f"{result.seconds:.0f} s, CPU {result.cpu_seconds:.0f} s"
+    print(f"[{number}/{total}] {result.repo}: {state}: {far}; bfloat16 {drift}; {times}", flush=True)
     for line in (*result.notes, *result.excuses, *result.wrong):
         print(f"    {line}", flush=True)
     return result
@@ -141,12 +144,13 @@ COLUMNS = """
 - *plain*, *fast*: the largest |difference| of any feature, relative to that feature's largest value; the bound is 1e-5.
   *Second dialect*: the larger of both forms, read from a file with the names that transformers 5 has in memory (in
   brackets: how many names differ from those on the hub; attention weights were compared in the first dialect only).
-- *Config*: fields of our settings that equal the reference's, read from the same `config.json`; training's too.
+- *Config*: fields of our settings, training's too, that equal the reference's: read from the `config.json` that it
+  saved, which names all, and from our catalogue, which leaves the rest to our defaults.
 - *bfloat16*: smallest cosine over the batch between the fast form in bfloat16 and the float32 reference, on these
   random weights; in brackets that of transformers' own bfloat16.
-- *Seconds*: making, saving, loading and running all of it.
+- *CPU seconds* of all threads: making, saving, loading and running all of it.
 
-| checkpoint | parameters | input | config | plain | fast | second dialect | bfloat16 | seconds |
+| checkpoint | parameters | input | config | plain | fast | second dialect | bfloat16 | CPU seconds |
 |---|--:|--:|--:|--:|--:|--:|---|--:|
 """
 
@@ -170,7 +174,9 @@ def _summary(results: list[Found | Died]) -> str:
 
 def _versions(threads: int) -> str:
     packages = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in PACKAGES)
-    return f"Python {platform.python_version()}, {packages}; {_cpu()}, {threads} threads.\n"
+    model_code = hashlib.sha256(b"".join(path.read_bytes() for path in sorted(MODEL_CODE.glob("*.py")))).hexdigest()
+    said = f"Python {platform.python_version()}, {packages}; {_cpu()}, {threads} threads."
+    return f"{said} sha256 of `cat pipeline/models/*.py`: {model_code[:12]}.\n"
 
 
 def _cpu() -> str:
@@ -193,7 +199,7 @@ def _row(result: Found | Died) -> str:
         *(_far(far, result) for far in (result.plain, result.fast)),
         f"{_far(result.second, result)} ({result.second_dialect or 'same names'})",
         _drift(result),
-        f"{result.seconds:.0f}",
+        f"{result.cpu_seconds:.0f}",
     )
     return "| " + " | ".join(cells) + " |\n"
 
