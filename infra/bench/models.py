@@ -1,7 +1,7 @@
 """Forward passes of each family beside transformers: same weights, same pixels, same threads; images per second.
 
 Both get normalised pixels in the dtype and memory layout that they are given in use, made before the clock starts:
-transformers what its processor returns, ours what `normalize_on_device` returns. Weights are seeded so that every number
+transformers what its processor returns, ours what `normalize_on_device` returns. Weights are seeded so that each number
 in them shows in the output (a batch norm whose statistics are 0 and 1 would not).
 """
 
