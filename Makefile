@@ -30,7 +30,7 @@ check-style: $(STAMP)
 bench: $(STAMP)  ## side-by-side speed of models against the reference
 	$(BIN)/python -m infra.bench
 
-parity: $(STAMP)  ## every published model at full depth against the reference (tens of minutes, 12 GB of memory)
+parity: $(STAMP)  ## every published model at full depth against the reference (15 minutes on 2 cores, 12 GB of memory)
 	$(BIN)/python -m tests.models.parity
 
 s3: $(STAMP)  ## start a real S3 server (Ceph RGW) on loopback, for trying things by hand

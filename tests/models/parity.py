@@ -117,7 +117,7 @@ def _told(result: Found | Died, number: int, total: int) -> Found | Died:
     if isinstance(result, Died):
         print(f"[{number}/{total}] {result.repo}: FAILED: {result.reason}", flush=True)
         return result
-    state = "FAILED" if result.wrong else "agrees"
+    state = "FAILED" if result.wrong else "agrees by exception" if result.excuses else "agrees"
     far = f"plain {result.plain:.1e}, fast {result.fast:.1e}, second dialect {result.second:.1e}"
     drift = ", ".join(f"{name} {cosine:.5f}" for name, cosine in result.bfloat16.items())
     times = f"{result.seconds:.0f} s, CPU {result.cpu_seconds:.0f} s"
@@ -143,7 +143,7 @@ compared with the reference class that the checkpoint names, on the same pixels.
 COLUMNS = """
 - *plain*, *fast*: the largest |difference| of any feature, relative to that feature's largest value; the bound is 1e-5.
   *Second dialect*: the larger of both forms, read from a file with the names that transformers 5 has in memory (in
-  brackets: how many names differ from those on the hub; attention weights were compared in the first dialect only).
+  brackets: how many of them differ from those on the hub).
 - *Config*: fields of our settings, training's too, that equal the reference's: read from the `config.json` that it
   saved, which names all, and from our catalogue, which leaves the rest to our defaults.
 - *bfloat16*: smallest cosine over the batch between the fast form in bfloat16 and the float32 reference, on these
@@ -175,8 +175,8 @@ def _summary(results: list[Found | Died]) -> str:
 def _versions(threads: int) -> str:
     packages = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in PACKAGES)
     model_code = hashlib.sha256(b"".join(path.read_bytes() for path in sorted(MODEL_CODE.glob("*.py")))).hexdigest()
-    said = f"Python {platform.python_version()}, {packages}; {_cpu()}, {threads} threads."
-    return f"{said} sha256 of `cat pipeline/models/*.py`: {model_code[:12]}.\n"
+    code = f"Model code: `cat pipeline/models/*.py | sha256sum` begins with {model_code[:12]}.\n"
+    return f"Python {platform.python_version()}, {packages}.\n{_cpu()}, {threads} threads.\n{code}"
 
 
 def _cpu() -> str:
@@ -239,8 +239,10 @@ def _wrong(results: list[Found | Died]) -> list[str]:
 
 
 def _random_line(one: Random) -> str:
-    drawn = f"{one.examples} drawn and compared in {one.seconds:.0f} s, every feature, plain and fast"
-    return f"{one.family}: {drawn}: {one.failure or 'all agree'}."
+    drawn = f"{one.examples} drawn, every feature of each compared, plain and fast, in {one.seconds:.0f} s"
+    return (
+        f"{one.family}: {one.failure}." if one.failure else f"{one.family}: {drawn}: all agree by the rule of its test."
+    )
 
 
 def _section(title: str, lines: list[str]) -> str:
