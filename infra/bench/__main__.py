@@ -1,6 +1,6 @@
 """Speed of models and of decoding beside transformers and Pillow -> tables on stdout, and a file for each.
 
-    python -m infra.bench [models|decode ...] [--quick] [--threads 2] [--rounds 7] [--only bit-50 ...] [--out FOLDER]
+    python -m infra.bench [models|decode ...] [--quick] [--threads 2] [--rounds 5] [--only bit-50 ...] [--out FOLDER]
 
 Without a name, both. `--quick` is for looking whether it works: one round, small batches, results to out/bench.
 Exit status 1 where a contestant does not give what the reference gives; a floor that is not reached is printed.
@@ -40,7 +40,7 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("suites", nargs="*", metavar="models|decode")
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--threads", type=int, default=2, help="of each model; decoding is always measured with one")
-    parser.add_argument("--rounds", type=int, default=7, help="undisturbed rounds whose median is taken")
+    parser.add_argument("--rounds", type=int, default=5, help="undisturbed rounds whose median is taken")
     parser.add_argument("--only", nargs="+", default=[], metavar="SUBJECT", help="models or image sets by name")
     parser.add_argument("--out", type=Path, help="folder for the results")
     options = parser.parse_args(arguments)

@@ -18,7 +18,7 @@ import numpy as np
 from PIL import Image
 
 from infra.bench import machine
-from infra.bench.contest import HOW, Array, Call, Record, Rules, compete
+from infra.bench.contest import HOW, Array, Call, Record, Rules, compete, progress
 from infra.bench.report import Bar, Report
 
 
@@ -66,6 +66,7 @@ def report(rules: Rules, threads: int, only: Sequence[str], sets: Sequence[Image
         measured = compete({name: partial(prepare, name, files) for name in CONTESTANTS}, rules)
         rows += table(images, measured, count)
         bars += bars_of(images, measured)
+        progress(images.name, measured)
         agrees = agrees and all(differs(measured, name) <= TOLERANCE for name in CONTESTANTS)
         seen.append(f"{images.name}: {describe(files)}")
     about = [

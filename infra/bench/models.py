@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from infra.bench import machine
-from infra.bench.contest import HOW, Array, Call, Record, Rules, compete
+from infra.bench.contest import HOW, Array, Call, Record, Rules, compete, progress
 from infra.bench.report import Bar, Report
 
 
@@ -81,6 +81,7 @@ def report(rules: Rules, threads: int, only: Sequence[str], subjects: Sequence[S
         measured = measure(subject, rules, batch, threads)
         rows += table(subject, measured, batch)
         bars += bars_of(subject, measured)
+        progress(subject.name, measured)
         agrees = agrees and all(differs(measured, one) <= TOLERANCE[one.dtype] for one in CONTESTANTS)
     about = [
         f"{machine.cpu()}; load average {load_at_start} at the start, {machine.load()} at the end",
