@@ -23,6 +23,8 @@ from pipeline.preprocess import (
     PROCESSORS,
     Preprocessor,
     PreprocessSettings,
+    Resample,
+    _by_torch,
     center_crop,
     describe,
     normalize_on_device,
@@ -321,6 +323,13 @@ def test_a_4000_to_1_strip_is_refused_and_a_400_to_1_strip_is_not() -> None:
 
 
 # --- on the device ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("resample", ["bilinear", "bicubic"])
+def test_a_resized_image_lies_in_memory_as_its_crop_does(resample: Resample) -> None:
+    """Turning it from (C, H, W) took as long as the resize."""
+    image_HWC = np.random.default_rng(0).integers(0, 256, (40, 50, 3), np.uint8)
+    assert _by_torch(image_HWC, (32, 36), resample).flags.c_contiguous
 
 
 def test_normalisation_is_channels_last_and_leaves_its_input_alone() -> None:
