@@ -284,14 +284,22 @@ class FastLevit:
         attentions: list[Tensor] | None = [] if any(name.startswith("attentions:") for name in wants) else None
         for k, stage in enumerate(self.stages):
             features[f"tokens:{k}"] = x_BND
+            x_BND = x_BND if attentions is not None else self._whole_rows(x_BND, k)
             for layer in stage:
                 x_BND = layer(x_BND, attentions)
+            x_BND = x_BND[:, : self.settings.sides[k + 1] ** 2]
         features |= {f"attentions:{k}": weights for k, weights in enumerate(attentions or ())}
         pooled_BD = x_BND.mean(dim=1)
         asked = self.heads if any(name.startswith("logits") for name in wants) else None
         parts = torch.split(asked(pooled_BD), self.settings.num_labels, dim=-1) if asked else ()
         logits = dict(zip(self.head_names, parts, strict=False))
         return _finish(features, x_BND, pooled_BD, logits, len(self.stages), wants)
+
+    def _whole_rows(self, x_BND: Tensor, k: int) -> Tensor:
+        """Tokens of zeros after the stage's own, as many as its attentions want; what becomes of them nobody reads."""
+        first = next(iter(self.stages[k]), None)
+        missing = first.bias_1AQK.shape[-1] - x_BND.shape[1] if isinstance(first, FastAttention) else 0
+        return F.pad(x_BND, (0, 0, 0, missing)) if missing else x_BND
 
 
 class FastAttention:
@@ -300,17 +308,20 @@ class FastAttention:
         weight_OI, bias_O = fold_batch_norm(plain.qkv.linear.weight, plain.qkv.norm)
         widths = [shape.key_dim, shape.key_dim, shape.value_dim]
         scales = [shape.key_dim**-0.5, 1.0, 1.0]
+        # in bfloat16 rows of zeros that make queries and keys as wide as the values cost less than padding both
+        made = [shape.value_dim] * 3 if dtype == torch.bfloat16 and _takes_flash(shape) else widths
         self.qkv = fused_linear(
-            _by_part(weight_OI, shape.num_heads, widths, scales).to(dtype),
-            _by_part(bias_O, shape.num_heads, widths, scales).to(dtype),
+            _by_part(weight_OI, shape.num_heads, widths, scales, made).to(dtype),
+            _by_part(bias_O, shape.num_heads, widths, scales, made).to(dtype),
         )
-        self.widths = [shape.num_heads * width for width in widths]
+        self.widths = [shape.num_heads * width for width in made]
         self.out = _fast_linear(plain.out, dtype)
-        self.bias_1AQK = plain.biases_AO[:, plain.index_QK][None].to(dtype)
+        self.bias_1AQK = _with_whole_rows(plain.biases_AO[:, plain.index_QK][None].to(dtype))
 
     def __call__(self, x_BND: Tensor, attentions: list[Tensor] | None) -> Tensor:
+        tokens = x_BND.shape[1]  # some of them may be none of the image's: see `_whole_rows`
         q, k, v = (_heads(part, self.shape.num_heads) for part in torch.split(self.qkv(x_BND), self.widths, dim=-1))
-        return self.out(_fast_attend(q, k, v, self.bias_1AQK, attentions), x_BND)
+        return self.out(_fast_attend(q, k, v, self.bias_1AQK[..., :tokens, :tokens], attentions), x_BND)
 
 
 class FastShrinkingAttention:
@@ -319,8 +330,8 @@ class FastShrinkingAttention:
         weight_OI, bias_O = fold_batch_norm(plain.kv.linear.weight, plain.kv.norm)
         widths = [shape.key_dim, shape.value_dim]
         self.kv = fused_linear(
-            _by_part(weight_OI, shape.num_heads, widths, [1.0, 1.0]).to(dtype),
-            _by_part(bias_O, shape.num_heads, widths, [1.0, 1.0]).to(dtype),
+            _by_part(weight_OI, shape.num_heads, widths, [1.0, 1.0], widths).to(dtype),
+            _by_part(bias_O, shape.num_heads, widths, [1.0, 1.0], widths).to(dtype),
         )
         self.widths = [shape.num_heads * width for width in widths]
         self.q = _fast_linear(plain.q, dtype, scale=shape.key_dim**-0.5)
@@ -328,6 +339,7 @@ class FastShrinkingAttention:
         self.bias_1AQK = plain.biases_AO[:, plain.index_QK][None].to(dtype)
 
     def __call__(self, x_BND: Tensor, attentions: list[Tensor] | None) -> Tensor:
+        x_BND = x_BND[:, : self.shape.side**2]
         k, v = (_heads(part, self.shape.num_heads) for part in torch.split(self.kv(x_BND), self.widths, dim=-1))
         q = _heads(self.q(every_nth(x_BND, self.shape)), self.shape.num_heads)
         return self.out(_fast_attend(q, k, v, self.bias_1AQK, attentions))
@@ -405,8 +417,9 @@ def _fast_attend(q: Tensor, k: Tensor, v: Tensor, bias_1AQK: Tensor, attentions:
     """The same with the scale already in q. Weights are kept only where `attentions` is a list."""
     if attentions is None and bias_1AQK[0, 0].numel() >= FLASH_FROM and v.shape[-1] <= 2 * q.shape[-1]:
         # the fused kernel wants heads of one width; padding costs less than writing the weights to memory
-        wider = (0, v.shape[-1] - q.shape[-1])
-        mixed = F.scaled_dot_product_attention(F.pad(q, wider), F.pad(k, wider), v, bias_1AQK, scale=1.0)
+        if wider := v.shape[-1] - q.shape[-1]:
+            q, k = F.pad(q, (0, wider)), F.pad(k, (0, wider))
+        mixed = F.scaled_dot_product_attention(q, k, v, bias_1AQK, scale=1.0)
     else:
         weights_BAQK = (q @ k.transpose(-2, -1)).add_(bias_1AQK).softmax(dim=-1)
         if attentions is not None:
@@ -416,6 +429,21 @@ def _fast_attend(q: Tensor, k: Tensor, v: Tensor, bias_1AQK: Tensor, attentions:
 
 
 FLASH_FROM = 1 << 14  # weights per head: measured on CPU, 2 to 2.5 times faster at 196 x 196, slower at 49 x 49
+
+
+def _takes_flash(shape: HeadShape) -> bool:
+    return shape.query_side**2 * shape.side**2 >= FLASH_FROM and shape.key_dim <= shape.value_dim <= 2 * shape.key_dim
+
+
+def _with_whole_rows(bias_1AQK: Tensor) -> Tensor:
+    """A square bias with queries and keys up to a multiple of 16, -inf for these keys. The bfloat16 kernel on CPUs is a
+    quarter faster so; in float32, and in the small grids that do without it, the linears lose what it gains."""
+    tokens = bias_1AQK.shape[-1]
+    missing = -tokens % 16
+    if not missing or bias_1AQK.dtype != torch.bfloat16 or bias_1AQK.device.type != "cpu" or tokens**2 < FLASH_FROM:
+        return bias_1AQK
+    bias_1AQK = F.pad(bias_1AQK, (0, missing), value=-torch.inf)
+    return F.pad(bias_1AQK, (0, 0, 0, missing))
 
 
 def every_nth(x_BND: Tensor, shape: HeadShape) -> Tensor:
@@ -447,11 +475,17 @@ def _heads(x_BND: Tensor, num_heads: int) -> Tensor:
     return x_BND.reshape(*x_BND.shape[:2], num_heads, -1).transpose(1, 2)
 
 
-def _by_part(tensor: Tensor, num_heads: int, widths: Sequence[int], scales: Sequence[float]) -> Tensor:
-    """Output rows that are grouped by head on disk, grouped by part (all queries, all keys, all values) and scaled."""
+def _by_part(
+    tensor: Tensor, num_heads: int, widths: Sequence[int], scales: Sequence[float], made: Sequence[int]
+) -> Tensor:
+    """Output rows that are grouped by head on disk, grouped by part (all queries, all keys, all values) and scaled;
+    each head's part with zeros up to the width `made`."""
     by_head = torch.split(tensor.reshape(num_heads, sum(widths), -1), list(widths), dim=1)
-    parts = [part.flatten(0, 1) * scale for part, scale in zip(by_head, scales, strict=True)]
-    return torch.cat(parts).reshape(tensor.shape)
+    parts = [
+        F.pad(part * scale, (0, 0, 0, width - part.shape[1])).flatten(0, 1)
+        for part, scale, width in zip(by_head, scales, made, strict=True)
+    ]
+    return torch.cat(parts).reshape(-1, *tensor.shape[1:])
 
 
 def _fast(layer: nn.Module, dtype: torch.dtype) -> FastAttention | FastShrinkingAttention | FastMLP:

@@ -277,6 +277,28 @@ def test_bfloat16_drift(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    "changed", [{}, {"hidden_sizes": [32, 32, 64], "down_ops": [[""], ["Subsample", 8, 4, 4, 2, 2]]}]
+)
+def test_bfloat16_with_keys_that_are_no_tokens(changed: dict[str, Any], tmp_path: Path) -> None:
+    """169 tokens are padded to 176 in the fast form; with attentions asked for they are not."""
+    model = LevitForImageClassificationWithTeacher(
+        LevitConfig(**TINY | {"image_size": 208, "depths": [3, 1, 1]} | changed)
+    )
+    folder, x_BCHW = oracle.saved(model, tmp_path), oracle.pixels(2, (208, 208))
+    gives = oracle.ours(folder).gives()
+    for names in (gives.keys(), [name for name in gives if not name.startswith("attentions")]):
+        exact = oracle.run(oracle.ours(folder, fast=False), x_BCHW, *names)
+        plain, fast = (
+            oracle.run(oracle.ours(folder, fast=fast, dtype=torch.bfloat16), x_BCHW.bfloat16(), *names)
+            for fast in (False, True)
+        )
+        assert {name: tuple(tensor.shape[1:]) for name, tensor in fast.items()} == {name: gives[name] for name in names}
+        for name in names:
+            drift = oracle.distance(plain[name].float(), exact[name])
+            assert oracle.distance(fast[name].float(), exact[name]) < max(3 * drift, 0.01), name
+
+
+@pytest.mark.parametrize(
     ("changed", "said"),
     [
         ({"image_size": 100}, "make a grid of 6"),
