@@ -28,7 +28,8 @@ import numpy as np
 import numpy.typing as npt
 
 FOREIGN_LIMIT = 0.08  # of all processors
-PATIENCE = 4
+PATIENCE = 6
+PAUSE_S = 5.0  # after a round that was disturbed: who waits has fewer turns to throw away
 HOW = (
     "each contestant is a process of its own, and they take turns; a turn in which others had more than "
     f"{FOREIGN_LIMIT:.0%} of the processors is not counted (`turns`: counted of all)"
@@ -92,6 +93,8 @@ def compete(contestants: Mapping[str, Prepare], rules: Rules) -> dict[str, Recor
                 records[name].turns.append(_turn(name, connection, calls[name]))
             if all(record.clean >= rules.rounds for record in records.values()):
                 break
+            if not rules.quick and not all(record.turns[-1].clean for record in records.values()):
+                time.sleep(PAUSE_S)
     return records
 
 
