@@ -90,9 +90,10 @@ class FaultProxy:
         self.log: list[tuple[str, str, str]] = []
         self.set()
 
-    def set(self, *rules: Fault) -> None:
-        """Replace the rules and clear the log."""
+    def set(self, *rules: Fault, seed: int | None = None) -> None:
+        """Replace the rules and clear the log; with a seed, chance begins anew."""
         with self._lock:
+            self._random = self._random if seed is None else random.Random(seed)
             self._rules = [_Rule(fault, fault.skip, fault.times) for fault in rules]
             self.log.clear()
 
@@ -126,6 +127,7 @@ class FaultProxy:
         ready.set()
         await self._done.wait()
         server.close()
+        self._loop.set_exception_handler(lambda loop, context: None)  # connections that are cut off now are no mistake
         others = asyncio.all_tasks() - {asyncio.current_task()}
         for task in others:
             task.cancel()

@@ -5,7 +5,11 @@
 | `disk.py` | paths and `file://` |
 | `s3.py` | `s3://`, through s3fs |
 | `remote.py` | every other scheme with an fsspec driver |
+| `web.py` | the client behind http(s): where it goes, how much it takes |
+| `given.py` | logins and signatures in URIs, and the names without them |
 | `arrow.py` | a listing as a pyarrow filesystem |
+| `faults.py`, `retries.py` | which failures deserve another try; how many there were |
+| `steps.py` | what a test may listen to |
 
 * A plain path and `file://` are the same store. Every Entry carries a full URI for remote stores and an absolute path
   for local files, so that a part's id does not depend on the folder a command was started in.
@@ -28,31 +32,41 @@ from typing import Any, BinaryIO
 from pipeline.errors import AccessDenied, AlreadyExists, InputError, NotFound, OutcomeUnknown, nearest
 from pipeline.storage.disk import Disk
 from pipeline.storage.entry import Backend, Entry, join, redact, scheme_of
+from pipeline.storage.given import WEB, Given, holds_secret, name_of, names_in
 from pipeline.storage.patterns import count_limit, expand_braces, fixed_prefix, glob_regex, has_magic
 from pipeline.storage.remote import Remote, is_web
 from pipeline.storage.s3 import S3
 from pipeline.storage.s3_client import S3Options
+from pipeline.storage.steps import reached
 
-__all__ = ["Entry", "Store", "join", "redact", "resolve"]
+__all__ = ["Entry", "Store", "holds_secret", "join", "name_of", "names_in", "redact", "resolve"]
 
 S3_OPTIONS = {option.name: type(option.default) for option in fields(S3Options)}
 CREDENTIALS = {"key", "secret", "token", "password", "username", "access_key", "secret_key", "aws_access_key_id"}
 FEW_NAMES = 8  # up to so many names of one folder are looked up one by one
 CHAINED = re.compile(r"^\w+::\w+://|://.*::\w+://")  # fsspec's zip://a.jpg::s3://b/k.zip
 LOOKUPS = 16  # at the same time
+ALLOW_PRIVATE = "allow_private_addresses"
 
 
 @dataclass(frozen=True)
 class Store:
     """Access to every URI scheme. Options of S3 are `endpoint_url`, `profile`, `region`, `anon`, `requester_pays` and
     the other fields of S3Options; those of another driver are a mapping under its scheme: `{"gs": {"project": "x"}}`.
-    Never credentials: those come from the environment's provider chain on each worker."""
+    Never credentials: those come from the environment's provider chain on each worker.
+
+    `given`: what a job's own URIs hold beyond their names. URIs are names then, and what else is asked for was named
+    by others: it may not lie behind private addresses, unless `{"http": {"allow_private_addresses": true}}`. Without
+    it every URI is the caller's own. Redirects to another origin may never lead there."""
 
     options: Mapping[str, object] = field(default_factory=dict)
+    given: Given | None = None
 
     def __post_init__(self) -> None:
         for name, value in self.options.items():
             if isinstance(value, Mapping) and name not in ("s3", *S3_OPTIONS):
+                if not isinstance(value.get(ALLOW_PRIVATE, False), bool):
+                    raise InputError(f"storage option `{name}.{ALLOW_PRIVATE}`: say true or false")
                 continue  # another driver's
             if name not in S3_OPTIONS:
                 raise _unknown_option(name)
@@ -65,7 +79,7 @@ class Store:
         Raises InputError for a pattern or name that matches nothing; AccessDenied, StorageError."""
         found: dict[str, Entry] = {}
         for uri in uris:
-            names = [resolve(name) for name in count_limit(uri, expand_braces(uri))]
+            names = [resolve(name) for name in count_limit(redact(uri), expand_braces(uri))]
             plain = [name for name in names if is_web(name) or not has_magic(name)]
             found.update({entry.uri: entry for entry in self._named(plain)})
             for pattern in sorted(set(names) - set(plain)):
@@ -133,7 +147,9 @@ class Store:
         """Create an object that is not there yet, in one atomic step, durable when this returns.
         Raises AlreadyExists (412), AccessDenied, StorageError (definitely not created), OutcomeUnknown."""
         uri = resolve(uri)
+        reached("asked", uri)
         self._backend(uri).create(uri, data)
+        reached("done", uri)
 
     def delete(self, uri: str) -> None:
         """Quiet where there is nothing."""
@@ -173,7 +189,16 @@ class Store:
             chosen: dict[str, Any] = {name: self.options[name] for name in S3_OPTIONS if name in self.options}
             return S3(S3Options(**chosen))
         options: Any = self.options.get(scheme, {})
-        return Remote(scheme, options)
+        if scheme not in WEB:
+            return Remote(scheme, options, self.given)
+        own = {name: value for name, value in options.items() if name != ALLOW_PRIVATE}
+        return Remote(scheme, own, self.given, self._allows_private)
+
+    @property
+    def _allows_private(self) -> bool:
+        """For both schemes, where one says so: redirects go from one to the other."""
+        said: list[Any] = [self.options.get(scheme, {}) for scheme in WEB]
+        return any(options.get(ALLOW_PRIVATE) is True for options in said)
 
     def _named(self, names: Sequence[str]) -> Iterator[Entry]:
         """The entries of plain names: one listing for many names of a folder, a look at each for a few."""

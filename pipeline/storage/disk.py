@@ -19,6 +19,7 @@ from typing import BinaryIO
 
 from pipeline.errors import AccessDenied, AlreadyExists, NotFound, OutcomeUnknown, StorageError
 from pipeline.storage.entry import Entry, changed, clip
+from pipeline.storage.steps import reached
 
 TEMPORARY = re.compile(r"\..*\.tmp-[0-9a-f]{32}")
 NO_HARD_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK}
@@ -66,10 +67,13 @@ class Disk:
         with _errors(uri):
             new_folders = _make_folders(final.parent)
             try:
-                _write_synced(temporary, data)
+                _write_synced(temporary, data, uri)
+                reached("synced", uri)
                 _give_name(temporary, final)
+                reached("named", uri)
             finally:
                 temporary.unlink(missing_ok=True)
+            reached("cleared", uri)
         try:
             for folder in [final.parent, *(made.parent for made in new_folders)]:
                 _sync_folder(folder)
@@ -132,10 +136,12 @@ def _make_folders(folder: Path) -> list[Path]:
     return missing
 
 
-def _write_synced(path: Path, data: bytes) -> None:
+def _write_synced(path: Path, data: bytes, uri: str) -> None:
     with path.open("xb") as file:
+        reached("opened", uri)
         file.write(data)
         file.flush()
+        reached("written", uri)
         os.fsync(file.fileno())
 
 

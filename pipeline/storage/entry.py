@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -68,12 +69,21 @@ def redact(uri: str) -> str:
 
 
 def redact_text(text: str) -> str:
-    """The same for every URL inside a driver's message."""
-    return re.sub(r"[A-Za-z][A-Za-z0-9+.\-]*://[^\s'\"<>)\]]+", lambda match: _redact_url(match[0]), text)
+    """The same for every URL inside a driver's message, and for the query of a path that a server has repeated."""
+    text = re.sub(r"[A-Za-z][A-Za-z0-9+.\-]*://[^\s'\"<>)\]]+", lambda match: _redact_url(match[0]), text)
+    return re.sub(r"[?&][\w.%~-]+=[^\s'\"<>)\]]*", "", text)
 
 
 def _redact_url(url: str) -> str:
     return redact(url) if scheme_of(url) not in LITERAL_QUERY else redact(url).partition("?")[0]
+
+
+def hush(*drivers: str) -> None:
+    """Keep a driver's debug lines, which hold signed requests, out of a log that asks for everything; who sets the
+    driver's own level gets them."""
+    for name in drivers:
+        if logging.getLogger(name).level == logging.NOTSET:
+            logging.getLogger(name).setLevel(logging.INFO)
 
 
 def changed(expect: Entry, size_bytes: int, etag: str) -> StorageError:

@@ -4,6 +4,8 @@
   for it where the server ignores ranges.
 * Writing works where the driver uploads an object whole or not at all (`WHOLE_PUT`); the others would show half a file.
 * Not every store gives an etag; then only the size is held against the plan.
+* URIs are names here (`given.py`): what opens them is put back where a driver is asked, and nowhere else.
+* http goes through a client of our own (`web.py`).
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ from datetime import datetime
 from typing import Any, BinaryIO, NoReturn, TypeVar
 
 from pipeline.errors import (
+    AccessDenied,
     AlreadyExists,
     InputError,
     MissingDependency,
@@ -24,22 +27,27 @@ from pipeline.errors import (
     StorageError,
     nearest,
 )
-from pipeline.storage.entry import Entry, changed, clip, redact, scheme_of
+from pipeline.storage.entry import Entry, changed, clip, hush, redact, scheme_of
 from pipeline.storage.faults import Fault, Patience, ShortBody, error_of, persist
+from pipeline.storage.given import WEB, Given
 from pipeline.storage.pinned import FILE_BUFFER_BYTES, PinnedFile
 
 T = TypeVar("T")
 
 WHOLE_PUT = ("memory", "gs", "gcs", "az", "abfs", "abfss")
-WEB = ("http", "https")
 ETAGS = ("ETag", "etag", "md5Hash", "checksum", "generation", "mtime", "modified", "created", "updated", "LastModified")
+SIGN_AGAIN = "get a new URL or login, then run the same command again: what is done stays, and parts keep their ids"
 _FILESYSTEMS: dict[tuple[object, ...], Any] = {}
 
 
 @dataclass(frozen=True)
 class Remote:
+    """`given`: what the user's own URIs hold beyond their names; None where the caller's URIs are the user's own."""
+
     scheme: str
     options: Mapping[str, object] = field(default_factory=dict)
+    given: Given | None = None
+    allow_private: bool = False
 
     def stat(self, uri: str) -> Entry:
         info = self._info(uri)
@@ -73,15 +81,15 @@ class Remote:
         size_bytes = None if start == 0 and stop is None and expect is None else self._size_bytes(uri, expect)
         path = self._path(uri)
         if size_bytes is None:  # all of it, or a server that tells no size: then a part can only be cut from the whole
-            return self._do(uri, lambda filesystem: bytes(filesystem.cat_file(path)))[start:stop]
+            return self._do(uri, lambda filesystem: self._bytes(filesystem, path, None, stop))[start:stop]
         first, last = clip(size_bytes, start, stop)
         if first == last:
             return b""
         whole = last - first == size_bytes
-        limits = {} if whole else {"start": first, "end": last}
+        span = None if whole else (first, last)
 
         def fetch(filesystem: Any) -> bytes:
-            data: bytes = filesystem.cat_file(path, **limits)
+            data = self._bytes(filesystem, path, span, size_bytes + 1)
             if len(data) == last - first:
                 return data
             if len(data) == size_bytes:
@@ -116,6 +124,14 @@ class Remote:
     def sweep(self, folder: str, older_than_s: float) -> int:
         return 0
 
+    def _bytes(self, filesystem: Any, path: str, span: tuple[int, int] | None, most_bytes: int | None) -> bytes:
+        """`most_bytes` bounds what is held of a server that sends more than it announced."""
+        if self.scheme in WEB:
+            from pipeline.storage import web
+
+            return web.fetch(filesystem, path, span, most_bytes)
+        return bytes(filesystem.cat_file(path, **({"start": span[0], "end": span[1]} if span else {})))
+
     def _size_bytes(self, uri: str, expect: Entry | None) -> int | None:
         """Of the file as it is now, which must be as expected."""
         info = self._info(uri)
@@ -145,20 +161,36 @@ class Remote:
         return persist(attempt, otherwise or (lambda fault: self._refuse(fault, uri)), Patience(), again=again)
 
     def _filesystem(self, uri: str) -> Any:
-        import fsspec
-
         known = _driver(self.scheme)
-        told = known._get_kwargs_from_urls(uri)
-        key = (os.getpid(), self.scheme, repr(sorted(self.options.items())), repr(sorted(told.items())))
+        told = known._get_kwargs_from_urls(self._address(uri))
+        origins = self.given.origins if self.given else None
+        settings = {**told, **self.options}
+        key = (os.getpid(), self.scheme, repr(sorted(settings.items())), origins, self.allow_private)
         if key not in _FILESYSTEMS:
-            _FILESYSTEMS[key] = fsspec.filesystem(self.scheme, **{**told, **self.options})
+            _FILESYSTEMS[key] = self._make_filesystem(settings, origins)
         return _FILESYSTEMS[key]
 
+    def _make_filesystem(self, settings: dict[str, object], origins: frozenset[str] | None) -> Any:
+        import fsspec
+
+        hush("fsspec", "aiohttp", "urllib3", "gcsfs", "adlfs", "azure", "google", "paramiko", "webhdfs")
+        if self.scheme not in WEB:
+            return fsspec.filesystem(self.scheme, **settings)
+        from pipeline.storage import web
+
+        return web.filesystem(self.scheme, web.Reach(origins, self.allow_private), settings)
+
     def _path(self, uri: str) -> str:
-        return str(_driver(self.scheme)._strip_protocol(uri))
+        return str(_driver(self.scheme)._strip_protocol(self._address(uri)))
+
+    def _address(self, uri: str) -> str:
+        return self.given.address_of(uri) if self.given else uri
 
     def _refuse(self, fault: Fault, uri: str) -> NoReturn:
-        raise error_of(fault, uri)
+        error = error_of(fault, uri)
+        if fault.is_denied and self.scheme in WEB:
+            raise AccessDenied(error.message, hint=SIGN_AGAIN)
+        raise error
 
     def _not_created(self, fault: Fault, uri: str) -> NoReturn:
         if fault.status == 412:

@@ -9,14 +9,16 @@ from __future__ import annotations
 import io
 import re
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, BinaryIO, NoReturn
 
 from pipeline.errors import AlreadyExists, InputError, OutcomeUnknown, StorageError
 from pipeline.storage.entry import Entry, changed, clip, host_of, redact
 from pipeline.storage.faults import Fault, Patience, ShortBody, error_of, persist
 from pipeline.storage.pinned import FILE_BUFFER_BYTES, PinnedFile
+from pipeline.storage.retries import RETRIES
 from pipeline.storage.s3_client import S3Options, forget_client, send
+from pipeline.storage.steps import reached
 
 BUCKET_KEY = re.compile(r"s3://(?P<bucket>arn:[^/]+:accesspoint[:/][^/]+|[^/]+)/?(?P<key>.*)", re.DOTALL)
 MAX_PUT_BYTES = 5 << 30
@@ -28,12 +30,12 @@ class S3:
 
     def stat(self, uri: str) -> Entry:
         bucket, key = _object(uri)
-        head = self._head(bucket, key, lambda fault: self._refuse(fault, uri))
+        head = self._head(uri, bucket, key, lambda fault: self._refuse(fault, uri))
         return Entry(uri, head["ContentLength"], _plain(head["ETag"]))
 
     def exists(self, uri: str) -> bool:
         bucket, key = _object(uri)
-        return bool(self._head(bucket, key, lambda fault: {} if fault.status == 404 else self._refuse(fault, uri)))
+        return bool(self._head(uri, bucket, key, lambda fault: {} if fault.status == 404 else self._refuse(fault, uri)))
 
     def scan(self, prefix: str, *, deep: bool) -> Iterator[Entry]:
         bucket, start = _bucket_key(prefix)
@@ -72,6 +74,7 @@ class S3:
 
         def put() -> None:
             answer, _ = self._request("put_object", len(data), request)
+            reached("answered", uri)
             if not answer.get("ETag"):
                 raise OutcomeUnknown(f"{redact(uri)}: the store's answer to the PUT has no ETag")
 
@@ -79,7 +82,7 @@ class S3:
         persist(
             put,
             lambda fault: self._not_created(fault, uri),
-            self._patience,
+            replace(self._patience, busy_factor=1.0),  # the caller has patience of its own
             again=lambda fault: fault.is_undone,
             renew=self._renew,
         )
@@ -91,14 +94,24 @@ class S3:
     def sweep(self, folder: str, older_than_s: float) -> int:
         return 0  # a PUT that broke off leaves nothing
 
-    def _head(self, bucket: str, key: str, otherwise: Callable[[Fault], Mapping[str, Any]]) -> Mapping[str, Any]:
+    def _head(
+        self, uri: str, bucket: str, key: str, otherwise: Callable[[Fault], Mapping[str, Any]]
+    ) -> Mapping[str, Any]:
         def ask() -> Mapping[str, Any]:
             head, _ = self._request("head_object", 0, {"Bucket": bucket, "Key": key})
             if not head.get("ETag"):
                 raise ShortBody("an answer without ETag")
             return head
 
-        return persist(ask, otherwise, self._patience, renew=self._renew)
+        def refused(fault: Fault) -> Mapping[str, Any]:
+            told = self._explained(fault, uri) if fault.status in (400, 403) else fault
+            if not told.is_expired:
+                return otherwise(told)
+            RETRIES.add(told.kind, 0.0)
+            self._renew()
+            return persist(ask, lambda _: otherwise(told), self._patience)
+
+        return persist(ask, refused, self._patience)
 
     def _ask(self, uri: str, method: str, **request: Any) -> tuple[Mapping[str, Any], bytes]:
         return persist(
@@ -135,7 +148,7 @@ class S3:
             self._request("list_objects_v2", 0, request)
             return fault
 
-        told = persist(ask, lambda told: told, Patience(attempts=1))
+        told = persist(ask, lambda told: told, Patience(attempts=1, busy_factor=1.0))
         return told if told.is_denied or told.code == "NoSuchBucket" else fault
 
     def _no_bytes(self, fault: Fault, uri: str, expect: Entry | None) -> bytes:

@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from pipeline.storage.entry import hush
+
 SLOWEST_BYTES_PER_S = 256 << 10  # below this a transfer counts as stalled: client timeouts alone allow minutes
 # what the client reads from the environment when it is made
 ENVIRONMENT = (
@@ -78,6 +80,7 @@ async def _answer(
 def _make_client(options: S3Options) -> Any:
     import s3fs
 
+    hush("botocore", "aiobotocore", "s3fs", "fsspec", "urllib3", "aiohttp")
     style = options.addressing_style or ("path" if options.endpoint and not _is_virtual(options.endpoint) else "auto")
     client = s3fs.S3FileSystem(
         anon=options.anon,
