@@ -31,6 +31,9 @@ WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
 INDEX = ".index.json"
 NAMED_IN_ERRORS = 4
 CHUNK_BYTES = 8 << 20
+MAX_JSON_BYTES = 64 << 20  # config.json with a million labels has 50 MB
+MAX_LAYERS = 1000  # of a stage; published models have 24 to 48 in all
+LAYER_COUNTS = ("depths", "num_hidden_layers")
 FLOATS = {"F64", "F32", "F16", "BF16"}
 
 
@@ -175,16 +178,27 @@ def weight_files(folder: Path) -> FileWeights:
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object. Raises CheckpointError for a missing or broken file."""
     try:
+        if path.stat().st_size > MAX_JSON_BYTES:
+            raise CheckpointError(f"{path}: {path.stat().st_size:,} bytes; no settings are above {MAX_JSON_BYTES:,}")
         content = json.loads(path.read_bytes())
     except FileNotFoundError:
         raise CheckpointError(
             f"{path}: no such file", hint="a checkpoint's folder holds config.json and weights"
         ) from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: not readable as JSON: {error}") from None
     if not isinstance(content, dict):
         raise CheckpointError(f"{path}: holds {type(content).__name__}, not an object")
     return content
+
+
+def check_depth(config: Mapping[str, Any]) -> None:
+    """A module is built layer by layer before its weights are looked at. Raises CheckpointError."""
+    for name in LAYER_COUNTS:
+        said = config.get(name, ())
+        for count in said if isinstance(said, (list, tuple)) else (said,):
+            if isinstance(count, (int, float)) and count > MAX_LAYERS:
+                raise CheckpointError(f"config.json: {name}: {count} layers, more than {MAX_LAYERS}")
 
 
 def num_labels(config: Mapping[str, Any]) -> int:

@@ -1,13 +1,9 @@
 """A map, channels last -> its group norm, plus a residual, through ReLU, in one call; compiled where it can be.
 
 torch's own kernel is slow on channels-last maps (bf16: up to 27 times slower than this) and its variance there is less
-accurate; torch.compile's takes 2 to 7 times as long, needs the same compiler, and half a minute at the first call. So:
-* `CPP` is compiled with the machine's C++ compiler (a second or two) when the first model is folded, never on import,
-  into the user's cache folder. It is named by source, flags and CPU, written under a temporary name and moved into
-  place, so any number of processes may do it at once.
-* It runs on torch's own OpenMP threads: the library leaves `GOMP_parallel` to be found in the process.
-* A channel is summed in the same order whatever the number of threads, so results do not depend on it.
-* Without a compiler, with IMG2PARQUET_NATIVE=0, or where a self-test disagrees with torch, plain torch does the same.
+accurate; torch.compile's takes 2 to 7 times as long, needs the same compiler, and half a minute at the first call. So
+`CPP` is compiled (see `native.py`); where it cannot be, plain torch does the same. A channel is summed in the same
+order whatever the number of threads, so results do not depend on it.
 
 Shapes: B batch, C channels, H W height and width.
 """
@@ -16,55 +12,42 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import hashlib
-import logging
-import os
-import platform
-import shutil
-import subprocess
-import tempfile
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pipeline.models import native
 from pipeline.models.layers import ACTIVATIONS
 
 EPS = 1e-5  # the only one that BiT has
-COMPILERS = ("c++", "g++", "clang++")
-FLAGS = ("-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-fPIC", "-fopenmp")
-COMPILE_LIMIT_S = 120
-NATIVE_DTYPES = (torch.float32, torch.bfloat16)
-
-log = logging.getLogger(__name__)
 
 
 def fused_group_norm(weight_C: Tensor, bias_C: Tensor, groups: int, activation: str) -> FusedGroupNorm:
     """y = activation(group_norm(x) [+ residual]), compiled where it can be, for the device that the weight is on."""
-    native = native_library() if weight_C.device.type == "cpu" else None
-    return FusedGroupNorm(weight_C, bias_C, groups, activation, native)
+    compiled = native_library() if weight_C.device.type == "cpu" else None
+    return FusedGroupNorm(weight_C, bias_C, groups, activation, compiled)
 
 
 class FusedGroupNorm:
     """Made by `fused_group_norm`. Statistics and affine are float32 whatever the map's dtype."""
 
     def __init__(
-        self, weight_C: Tensor, bias_C: Tensor, groups: int, activation: str, native: ctypes.CDLL | None
+        self, weight_C: Tensor, bias_C: Tensor, groups: int, activation: str, compiled: ctypes.CDLL | None
     ) -> None:
         self.weight_C = weight_C.detach().float().contiguous()
         self.bias_C = bias_C.detach().float().contiguous()
-        self.groups, self.activation, self.native = groups, activation, native
+        self.groups, self.activation, self.compiled = groups, activation, compiled
 
     def __call__(self, x_BCHW: Tensor, residual_BCHW: Tensor | None = None, *, in_place: bool = False) -> Tensor:
         """x_BCHW [+ residual of the same shape] -> the same shape, channels last; `in_place` may write over x."""
-        if self.native is None or x_BCHW.dtype not in NATIVE_DTYPES:
+        if self.compiled is None or x_BCHW.dtype not in native.DTYPES:
             return self._plain(x_BCHW, residual_BCHW)
         x_BCHW = x_BCHW.contiguous(memory_format=torch.channels_last)
         if residual_BCHW is not None:
             residual_BCHW = residual_BCHW.contiguous(memory_format=torch.channels_last)
         y_BCHW = x_BCHW if in_place else torch.empty_like(x_BCHW)
-        self._run(self.native, x_BCHW, residual_BCHW, y_BCHW)
+        self._run(self.compiled, x_BCHW, residual_BCHW, y_BCHW)
         return y_BCHW if self.activation in ("relu", "linear") else ACTIVATIONS[self.activation](y_BCHW)
 
     def _plain(self, x_BCHW: Tensor, residual_BCHW: Tensor | None) -> Tensor:
@@ -92,81 +75,7 @@ class FusedGroupNorm:
 @functools.cache
 def native_library() -> ctypes.CDLL | None:
     """The compiled kernel, made at the first call of a process; None where it cannot be had."""
-    if os.environ.get("IMG2PARQUET_NATIVE") == "0":
-        return None
-    try:
-        library = _load(_cache_folder())
-        if _agrees(library):
-            return library
-        reason = "its self-test disagrees with torch"
-    except subprocess.CalledProcessError as error:
-        reason = f"the compiler failed: {error.stderr.strip()[-500:]}"
-    except (OSError, subprocess.SubprocessError) as error:
-        reason = str(error)
-    log.warning("BiT runs several times slower: no compiled group norm (%s); install g++ to have it", reason)
-    return None
-
-
-def _load(folder: Path | None) -> ctypes.CDLL:
-    if folder is None:
-        with tempfile.TemporaryDirectory(prefix="img2parquet-") as private:
-            return _declared(_compile(Path(private) / "group_norm.so"))
-    path = folder / f"group_norm-{_key()}.so"
-    if path.exists():
-        try:
-            return _declared(path)
-        except (OSError, AttributeError):  # damaged on disk: made again
-            log.info("%s cannot be loaded; compiling it again", path)
-    return _declared(_compile(path))
-
-
-def _compile(path: Path) -> Path:
-    """Compile and link beside `path`, then move into place. Linked without -fopenmp: that could bring a second OpenMP,
-    with a second pool of threads, into a process where torch's is already."""
-    names = (os.environ.get("CXX", ""), *COMPILERS)
-    compiler = next((found for name in names if name and (found := shutil.which(name))), None)
-    if compiler is None:
-        raise FileNotFoundError(f"none of {', '.join(COMPILERS)} is installed")
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".compiling-") as scratch:
-        source, compiled, linked = (str(Path(scratch) / f"group_norm.{end}") for end in ("cpp", "o", "so"))
-        Path(source).write_text(CPP)
-        for command in ((*FLAGS, "-c", source, "-o", compiled), ("-shared", compiled, "-o", linked)):
-            run = functools.partial(subprocess.run, check=True, capture_output=True, text=True)
-            run([compiler, *command], timeout=COMPILE_LIMIT_S)
-        return Path(linked).replace(path)
-
-
-def _declared(path: Path) -> ctypes.CDLL:
-    library = ctypes.CDLL(str(path))
-    for function in (library.group_norm_f32, library.group_norm_bf16):
-        function.restype = None
-        function.argtypes = [ctypes.c_void_p] * 5 + [ctypes.c_int64] * 5 + [ctypes.c_double] + [ctypes.c_int] * 2
-    return library
-
-
-def _key() -> str:
-    """What a compiled file may not be shared across: source, flags, and the CPU that -march=native looked at."""
-    return hashlib.sha256("\0".join((CPP, *FLAGS, platform.machine(), _cpu())).encode()).hexdigest()[:16]
-
-
-def _cpu() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    return "\n".join(sorted({line for line in lines if line.startswith(("flags", "Features", "model name"))}))
-
-
-def _cache_folder() -> Path | None:
-    """A folder that only this user can write to, since code is loaded from it; None where there is none."""
-    try:
-        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "img2parquet"
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        status = folder.stat()
-    except (OSError, RuntimeError):
-        return None
-    ours = status.st_uid == os.getuid() and not status.st_mode & 0o022
-    return folder if ours and os.access(folder, os.W_OK) else None
+    return native.library(SOURCE)
 
 
 def _agrees(library: ctypes.CDLL) -> bool:
@@ -180,46 +89,9 @@ def _agrees(library: ctypes.CDLL) -> bool:
 
 
 CPP = r"""
-#include <cmath>
-#include <cstdint>
-#include <cstring>
-#include <vector>
-#ifdef __AVX512BF16__
-#include <immintrin.h>
-#endif
-
 namespace {
-constexpr int LANES = 16;
 constexpr int64_t BLOCK = 64;
-typedef float F __attribute__((vector_size(LANES * 4)));
-typedef uint32_t U __attribute__((vector_size(LANES * 4)));
-typedef uint16_t H __attribute__((vector_size(LANES * 2)));
 
-inline F load(const float* p) { F v; std::memcpy(&v, p, sizeof v); return v; }
-inline void store(float* p, F v) { std::memcpy(p, &v, sizeof v); }
-#ifdef __AVX512BF16__  // the portable form below takes a third longer
-inline F load(const uint16_t* p) {
-  return (F)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)), 16);
-}
-inline void store(uint16_t* p, F v) {
-  __m256bh h = _mm512_cvtneps_pbh((__m512)v);
-  std::memcpy(p, &h, sizeof h);
-}
-#else
-inline F load(const uint16_t* p) {
-  H h; std::memcpy(&h, p, sizeof h);
-  U u = __builtin_convertvector(h, U) << 16;
-  F v; std::memcpy(&v, &u, sizeof v); return v;
-}
-inline void store(uint16_t* p, F v) {
-  U u; std::memcpy(&u, &v, sizeof u);
-  u = (u + 0x7fff + ((u >> 16) & 1)) >> 16;
-  H h = __builtin_convertvector(u, H);
-  std::memcpy(p, &h, sizeof h);
-}
-#endif
-inline float as_float(float v) { return v; }
-inline float as_float(uint16_t v) { uint32_t u = uint32_t(v) << 16; float f; std::memcpy(&f, &u, 4); return f; }
 template <class T> inline F load_part(const T* p, int n) {
   T t[LANES] = {}; std::memcpy(t, p, n * sizeof *p); return load(t);
 }
@@ -338,3 +210,14 @@ void run(const T* x, const T* residual, const float* gamma, const float* beta, T
 EXPORT(group_norm_f32, float)
 EXPORT(group_norm_bf16, uint16_t)
 """
+
+SOURCE = native.Source(
+    name="group_norm",
+    code=CPP,
+    functions=dict.fromkeys(
+        ("group_norm_f32", "group_norm_bf16"),
+        (*[ctypes.c_void_p] * 5, *[ctypes.c_int64] * 5, ctypes.c_double, *[ctypes.c_int] * 2),
+    ),
+    agrees=_agrees,
+    without="BiT runs several times slower",
+)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import importlib
 import json
+import logging
 import os
 import re
 import shutil
@@ -22,6 +23,7 @@ from typing import Any
 from pipeline.errors import AccessDenied, MissingDependency, NotFound, UnknownModel, nearest
 from pipeline.models.checkpoint import INDEX, WEIGHT_FILES, read_json
 from pipeline.storage import Entry, Store, redact
+from pipeline.storage.entry import redact_text
 
 CONFIG, PREPROCESSOR = "config.json", "preprocessor_config.json"
 REPO = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(?:@(?P<revision>[\w./-]+))?")
@@ -87,7 +89,7 @@ def _needed(uri: str, entries: list[Entry]) -> dict[str, Entry]:
     """A checkpoint's own files by name; what else lies in its folder is not fetched."""
     by_name = {entry.uri.rstrip("/").rpartition("/")[-1]: entry for entry in entries if _is_child(uri, entry.uri)}
     if CONFIG not in by_name:
-        raise UnknownModel(f"no model at `{uri}`: there is no {CONFIG}", hint="name the folder that holds it")
+        raise UnknownModel(f"no model at `{redact(uri)}`: there is no {CONFIG}", hint="name the folder that holds it")
     safe = {name: entry for name, entry in by_name.items() if ".safetensors" in name}
     weights = safe or {name: entry for name, entry in by_name.items() if name.startswith("pytorch_model")}
     settings = {name: by_name[name] for name in (CONFIG, PREPROCESSOR) if name in by_name}
@@ -177,8 +179,10 @@ def _huggingface_hub() -> Any:
     except ImportError:
         message = "models named `org/name` need the package huggingface_hub"
         raise MissingDependency(message, hint="pip install 'img2parquet[hub]'") from None
+    for name in ("httpx", "urllib3", "filelock"):  # httpx tells each URL, also the signed ones that it is sent to
+        logging.getLogger(name).setLevel(logging.WARNING)
     return hub
 
 
 def _first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
+    return redact_text((str(error).splitlines() or [type(error).__name__])[0])

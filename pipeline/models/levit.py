@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from pipeline.errors import CheckpointError
 from pipeline.models import Published
+from pipeline.models.attention import FusedAttention, fused_attention
 from pipeline.models.checkpoint import num_labels
 from pipeline.models.layers import FusedConv, FusedLinear, batch_norm_affine, fold_batch_norm, fused_conv, fused_linear
 
@@ -308,19 +309,25 @@ class FastAttention:
         weight_OI, bias_O = fold_batch_norm(plain.qkv.linear.weight, plain.qkv.norm)
         widths = [shape.key_dim, shape.key_dim, shape.value_dim]
         scales = [shape.key_dim**-0.5, 1.0, 1.0]
+        bias_AQK = plain.biases_AO[:, plain.index_QK]
+        self.fused = _fused(bias_AQK, shape, dtype)
         # in bfloat16 rows of zeros that make queries and keys as wide as the values cost less than padding both
-        made = [shape.value_dim] * 3 if dtype == torch.bfloat16 and _takes_flash(shape) else widths
+        made = [shape.value_dim] * 3 if dtype == torch.bfloat16 and not self.fused and _takes_flash(shape) else widths
         self.qkv = fused_linear(
             _by_part(weight_OI, shape.num_heads, widths, scales, made).to(dtype),
             _by_part(bias_O, shape.num_heads, widths, scales, made).to(dtype),
         )
         self.widths = [shape.num_heads * width for width in made]
         self.out = _fast_linear(plain.out, dtype)
-        self.bias_1AQK = _with_whole_rows(plain.biases_AO[:, plain.index_QK][None].to(dtype))
+        bias_1AQK = bias_AQK[None].to(dtype)
+        self.bias_1AQK = bias_1AQK if self.fused else _with_whole_rows(bias_1AQK)
 
     def __call__(self, x_BND: Tensor, attentions: list[Tensor] | None) -> Tensor:
         tokens = x_BND.shape[1]  # some of them may be none of the image's: see `_whole_rows`
-        q, k, v = (_heads(part, self.shape.num_heads) for part in torch.split(self.qkv(x_BND), self.widths, dim=-1))
+        parts = torch.split(self.qkv(x_BND), self.widths, dim=-1)
+        if self.fused and attentions is None:
+            return self.out(self.fused(*parts), x_BND)
+        q, k, v = (_heads(part, self.shape.num_heads) for part in parts)
         return self.out(_fast_attend(q, k, v, self.bias_1AQK[..., :tokens, :tokens], attentions), x_BND)
 
 
@@ -336,12 +343,15 @@ class FastShrinkingAttention:
         self.widths = [shape.num_heads * width for width in widths]
         self.q = _fast_linear(plain.q, dtype, scale=shape.key_dim**-0.5)
         self.out = _fast_linear(plain.out, dtype)
-        self.bias_1AQK = plain.biases_AO[:, plain.index_QK][None].to(dtype)
+        bias_AQK = plain.biases_AO[:, plain.index_QK]
+        self.fused, self.bias_1AQK = _fused(bias_AQK, shape, dtype), bias_AQK[None].to(dtype)
 
     def __call__(self, x_BND: Tensor, attentions: list[Tensor] | None) -> Tensor:
         x_BND = x_BND[:, : self.shape.side**2]
-        k, v = (_heads(part, self.shape.num_heads) for part in torch.split(self.kv(x_BND), self.widths, dim=-1))
-        q = _heads(self.q(every_nth(x_BND, self.shape)), self.shape.num_heads)
+        parts = (self.q(every_nth(x_BND, self.shape)), *torch.split(self.kv(x_BND), self.widths, dim=-1))
+        if self.fused and attentions is None:
+            return self.out(self.fused(*parts))
+        q, k, v = (_heads(part, self.shape.num_heads) for part in parts)
         return self.out(_fast_attend(q, k, v, self.bias_1AQK, attentions))
 
 
@@ -433,6 +443,13 @@ FLASH_FROM = 1 << 14  # weights per head: measured on CPU, 2 to 2.5 times faster
 
 def _takes_flash(shape: HeadShape) -> bool:
     return shape.query_side**2 * shape.side**2 >= FLASH_FROM and shape.key_dim <= shape.value_dim <= 2 * shape.key_dim
+
+
+def _fused(bias_AQK: Tensor, shape: HeadShape, dtype: torch.dtype) -> FusedAttention | None:
+    """The compiled kernel; not where torch's has matrix units for a large grid in bfloat16."""
+    if dtype == torch.bfloat16 and torch.cpu._is_amx_tile_supported() and _takes_flash(shape):
+        return None
+    return fused_attention(bias_AQK, shape.key_dim, shape.value_dim, dtype)
 
 
 def _with_whole_rows(bias_1AQK: Tensor) -> Tensor:

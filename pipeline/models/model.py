@@ -8,7 +8,6 @@ from __future__ import annotations
 import difflib
 import importlib
 import re
-import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -19,9 +18,10 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
+from pipeline.device import as_tensor
 from pipeline.errors import CheckpointError, InputError, OutputUnavailable, UnknownModel, nearest
 from pipeline.models import FAMILIES, Backbone, Card, Family, Published
-from pipeline.models.checkpoint import RandomWeights, Weights, label_names, read_json, weight_files
+from pipeline.models.checkpoint import RandomWeights, Weights, check_depth, label_names, read_json, weight_files
 from pipeline.models.hub import CONFIG, PREPROCESSOR, find
 from pipeline.preprocess import Preprocessor, PreprocessSettings, normalize_on_device, read_settings, reduces_labels
 from pipeline.schema import Bad, Pixels
@@ -64,9 +64,9 @@ class Model:
         """uint8 crops of the model's size -> the wanted features in float32, on the model's device. `inputs` are the
         backbone's further ones (`mask_BN`), tensors or arrays."""
         self.refuse_unknown(wants)
-        pixels_BHWC = _tensor(x_BHWC).to(self.device, non_blocking=True)
+        pixels_BHWC = as_tensor(x_BHWC).to(self.device, non_blocking=True)
         self._refuse_other_sizes(pixels_BHWC)
-        extra = {name: _tensor(value).to(self.device) for name, value in inputs.items()}
+        extra = {name: as_tensor(value).to(self.device) for name, value in inputs.items()}
         with torch.inference_mode():
             x_BCHW = normalize_on_device(pixels_BHWC, self.card.preprocess, self.dtype)
             features = self.backbone(x_BCHW, wants, **extra)
@@ -195,6 +195,7 @@ def open_checkpoint(
     repos = [entry.repo for _, entry in published()]
     found = find(model, storage_options, repos)
     config = read_json(found.folder / CONFIG)
+    check_depth(config)
     family = family_of(config, found.source)
     channels = config.get("num_channels", 3)
     if channels != 3:
@@ -248,13 +249,6 @@ def _device(device: str) -> torch.device:
     if place.type == "cuda":  # convolutions would use TF32, whose 10 bits break the promise of 1e-5
         torch.backends.cudnn.allow_tf32 = False
     return place
-
-
-def _tensor(value: Any) -> Tensor:
-    """Arrays as they are; Ray's are read-only, which torch warns of, but nothing here writes to them."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
-        return torch.as_tensor(value)
 
 
 def _family(model_type: str) -> Family:

@@ -6,7 +6,8 @@ Shapes: B batch, C channels, H W image.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -91,7 +92,7 @@ def distance(mine: Tensor, theirs: Tensor) -> float:
     """Largest difference relative to the output's scale."""
     assert tuple(mine.shape) == tuple(theirs.shape), f"{tuple(mine.shape)} is not {tuple(theirs.shape)}"
     scale = theirs.abs().max().clamp_min(1e-6)
-    return float((mine.float() - theirs.float()).abs().max() / scale)
+    return float((mine.double() - theirs.double()).abs().max() / scale)
 
 
 def agree(mine: Mapping[str, Tensor], theirs: Mapping[str, Tensor], tolerance: float = TOLERANCE) -> None:
@@ -100,6 +101,70 @@ def agree(mine: Mapping[str, Tensor], theirs: Mapping[str, Tensor], tolerance: f
         far = distance(mine[name], tensor)
         assert far <= tolerance, f"{name}: {far:.2e} > {tolerance:.0e}"
         assert tensor.numel() < 4 or tensor.std() > 1e-4, f"{name} is constant: this comparison could not fail"
+
+
+Expected = Callable[[Any, Tensor], dict[str, Tensor]]  # the reference and x_BCHW -> its outputs by our names
+ROUNDINGS = 6  # draws of what float32's rounding may do
+ROUNDING_FACTOR = 12  # times the largest of them: see `agree_to_rounding`
+
+
+def agree_to_rounding(
+    mine: Mapping[str, Tensor], theirs: Mapping[str, Tensor], expected: Expected, model: Any, x_BCHW: Tensor
+) -> None:
+    """As `agree`; where an output is further from the reference, it is held against float64 instead.
+
+    A network of random weights may multiply float32's rounding (a group with hardly any variance, a softmax between
+    two near scores, logits that cancel), and then two right answers differ by more than the tolerance, by luck of the
+    order in which a processor's kernels sum. How much, the float64 reference tells: `rounding` puts one rounding error
+    into each number that float32 would hold. Ours may be ROUNDING_FACTOR times as far from float64 as that. In 160
+    draws of LeViT and BiT the largest was 5.2 for ours and 6.1 for the reference, the medians 1.2 to 1.5 for both."""
+    far = {name for name, tensor in theirs.items() if distance(mine[name], tensor) > TOLERANCE}
+    if far:
+        exact, floor = rounding(expected, model, x_BCHW)
+    for name in far:
+        off = distance(mine[name].double(), exact[name])
+        allowed = max(TOLERANCE, ROUNDING_FACTOR * floor[name])
+        assert off <= allowed, f"{name}: {off:.1e} from float64, where rounding explains {floor[name]:.1e}"
+    agree({n: mine[n] for n in theirs.keys() - far}, {n: theirs[n] for n in theirs.keys() - far})
+
+
+def rounding(expected: Expected, model: Any, x_BCHW: Tensor) -> tuple[dict[str, Tensor], dict[str, float]]:
+    """The reference's outputs in float64, and how far one rounding to float32 of every weight, of the input and of
+    what every layer gives may move each of them."""
+    exact = expected(model.double(), x_BCHW.double())
+    floor = dict.fromkeys(exact, 0.0)
+    for seed in range(ROUNDINGS):
+        generator = torch.Generator().manual_seed(seed)
+        kept = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+        model.load_state_dict({name: _rounded(tensor, generator) for name, tensor in kept.items()})
+        rounds = partial(_round_output, generator=generator)
+        layers = [one for one in model.modules() if isinstance(one, torch.nn.GroupNorm) or not list(one.children())]
+        hooks = [layer.register_forward_hook(rounds) for layer in layers]
+        moved = expected(model, _rounded(x_BCHW.double(), generator))
+        for hook in hooks:
+            hook.remove()
+        model.load_state_dict(kept)
+        floor = {name: max(floor[name], distance(moved[name], exact[name])) for name in exact}
+    model.float()
+    return exact, floor
+
+
+def _round_output(layer: Any, inputs: tuple[Tensor, ...], out: Any, generator: torch.Generator) -> Any:
+    """A hook. In a group norm (whose activation the reference has inside) the mean is rounded too, before it is taken
+    from what may be nearly the same."""
+    if isinstance(layer, torch.nn.GroupNorm):
+        x_BGE = inputs[0].reshape(len(inputs[0]), layer.num_groups, -1)
+        over_std = (x_BGE.var(-1, keepdim=True, correction=0) + layer.eps).rsqrt()
+        mean = x_BGE.mean(-1, keepdim=True)
+        moved = ((_rounded(mean, generator) - mean) * over_std).expand_as(x_BGE).reshape(out.shape)
+        out = out + moved * layer.weight.view(-1, *[1] * (out.dim() - 2))
+    return _rounded(out, generator)
+
+
+def _rounded(tensor: Any, generator: torch.Generator) -> Any:
+    if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
+        return tensor
+    return tensor * (1 + 2**-24 * (2 * torch.rand(tensor.shape, generator=generator, dtype=tensor.dtype) - 1))
 
 
 def _value(name: str, tensor: Tensor, generator: torch.Generator) -> Tensor:

@@ -1,14 +1,9 @@
-"""The compiled group norm: equal to float64, to itself on any number of threads, and never a condition for running.
-
-About 10 s on an idle machine, most of it compiling in fresh folders.
-"""
+"""The compiled group norm: equal to float64, to itself on any number of threads, and never a condition for running."""
 
 from __future__ import annotations
 
-import logging
 import runpy
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -132,52 +127,6 @@ def test_plain_torch_does_the_same(monkeypatch: pytest.MonkeyPatch, fresh: Path,
     tolerance = 3e-6 if dtype == torch.float32 else 5e-2
     assert got.dtype == dtype and torch.allclose(got.double(), want, rtol=1e-5, atol=tolerance)
     assert not fresh.exists()
-
-
-def test_without_a_compiler_it_says_so_and_goes_on(
-    fresh: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    monkeypatch.setenv("PATH", str(tmp_path))
-    with caplog.at_level(logging.WARNING):
-        assert native_library() is None
-    assert "install g++" in caplog.text
-    assert normed(a_map(1, 16, 4, 4), 4).shape == (1, 16, 4, 4)
-
-
-@pytest.mark.parametrize("script", ["exit 1", "cp /bin/true $5"])
-def test_a_compiler_that_fails_is_as_none(fresh: Path, monkeypatch: pytest.MonkeyPatch, script: str) -> None:
-    broken = fresh.parent / "broken"
-    broken.write_text(f"#!/bin/sh\n{script}\n")
-    broken.chmod(0o755)
-    monkeypatch.setenv("CXX", str(broken))
-    assert native_library() is None
-
-
-def test_a_kernel_that_computes_something_else_is_not_used(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(group_norm, "CPP", group_norm.CPP.replace("mean * gamma[c]", "mean"))
-    assert native_library() is None
-
-
-def test_a_damaged_file_is_made_again(fresh: Path) -> None:
-    fresh.mkdir()
-    library = fresh / f"group_norm-{group_norm._key()}.so"
-    library.write_bytes(b"not a library")
-    assert native_library() is not None
-    assert list(fresh.iterdir()) == [library] and library.stat().st_size > 4096
-
-
-def test_a_folder_that_others_can_write_to_is_not_trusted(fresh: Path) -> None:
-    fresh.mkdir()
-    fresh.chmod(0o777)
-    assert native_library() is not None, "compiled in a private folder"
-    assert not list(fresh.iterdir())
-
-
-def test_several_may_compile_at_once(fresh: Path) -> None:
-    fresh.mkdir()
-    with ThreadPoolExecutor(2) as pool:  # what could collide is files, the same for threads and processes
-        libraries = list(pool.map(group_norm._load, [fresh] * 2))
-    assert all(map(group_norm._agrees, libraries)) and len(list(fresh.iterdir())) == 1
 
 
 def test_importing_compiles_nothing(fresh: Path) -> None:

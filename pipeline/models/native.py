@@ -1,0 +1,176 @@
+"""C++ source -> a loaded library, made by the machine's own compiler; None where it cannot be had.
+
+For the few loops that torch has no fast operator for (`group_norm.py`, `attention.py`):
+* compiled (a second or two) when the first model that needs it is folded, never on import, into the user's cache
+  folder. The file is named by source, flags and CPU, written under a temporary name and moved into place, so any
+  number of processes may do it at once;
+* runs on torch's own OpenMP threads: the library leaves `GOMP_parallel` to be found in the process;
+* without a compiler, with IMG2PARQUET_NATIVE=0, or where a self-test disagrees with torch, there is none, and whoever
+  asked does the same in plain torch.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import logging
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+COMPILERS = ("c++", "g++", "clang++")
+FLAGS = ("-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-ffp-contract=fast", "-fPIC", "-fopenmp")
+COMPILE_LIMIT_S = 120
+DTYPES = (torch.float32, torch.bfloat16)
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Source:
+    """A library in C++: its functions with the types of their arguments, and what tells that they compute the right
+    thing here."""
+
+    name: str
+    code: str  # after PRELUDE
+    functions: Mapping[str, Sequence[Any]]  # ctypes
+    agrees: Callable[[ctypes.CDLL], bool]
+    without: str  # what somebody without it loses, for the log
+
+    @property
+    def text(self) -> str:
+        return PRELUDE + self.code
+
+    @property
+    def key(self) -> str:
+        """What a compiled file may not be shared across: source, flags, and the CPU that -march=native looked at."""
+        return hashlib.sha256("\0".join((self.text, *FLAGS, platform.machine(), _cpu())).encode()).hexdigest()[:16]
+
+
+def library(source: Source) -> ctypes.CDLL | None:
+    """The library of `source`, compiled unless it lies in the cache; None, with a warning, where it cannot be had."""
+    if os.environ.get("IMG2PARQUET_NATIVE") == "0":
+        return None
+    try:
+        loaded = load(source, _cache_folder())
+        if source.agrees(loaded):
+            return loaded
+        reason = "its self-test disagrees with torch"
+    except subprocess.CalledProcessError as error:
+        reason = f"the compiler failed: {error.stderr.strip()[-500:]}"
+    except (OSError, subprocess.SubprocessError) as error:
+        reason = str(error)
+    log.warning("%s: no compiled %s (%s); install g++ to have it", source.without, source.name, reason)
+    return None
+
+
+def load(source: Source, folder: Path | None) -> ctypes.CDLL:
+    """From `folder`, or compiled into it; without one, by way of a private folder. Raises OSError, SubprocessError."""
+    if folder is None:
+        with tempfile.TemporaryDirectory(prefix="img2parquet-") as private:
+            return _declared(source, _compile(source.text, Path(private) / f"{source.name}.so"))
+    path = folder / f"{source.name}-{source.key}.so"
+    if path.exists():
+        try:
+            return _declared(source, path)
+        except (OSError, AttributeError):  # damaged on disk: made again
+            log.info("%s cannot be loaded; compiling it again", path)
+    return _declared(source, _compile(source.text, path))
+
+
+def _compile(text: str, path: Path) -> Path:
+    """Compile and link beside `path`, then move into place. Linked without -fopenmp: that could bring a second OpenMP,
+    with a second pool of threads, into a process where torch's is already."""
+    names = (os.environ.get("CXX", ""), *COMPILERS)
+    compiler = next((found for name in names if name and (found := shutil.which(name))), None)
+    if compiler is None:
+        raise FileNotFoundError(f"none of {', '.join(COMPILERS)} is installed")
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".compiling-") as scratch:
+        source, compiled, linked = (str(Path(scratch) / f"{path.stem}.{end}") for end in ("cpp", "o", "so"))
+        Path(source).write_text(text)
+        for command in ((*FLAGS, "-c", source, "-o", compiled), ("-shared", compiled, "-o", linked)):
+            run = functools.partial(subprocess.run, check=True, capture_output=True, text=True)
+            run([compiler, *command], timeout=COMPILE_LIMIT_S)
+        return Path(linked).replace(path)
+
+
+def _declared(source: Source, path: Path) -> ctypes.CDLL:
+    found = ctypes.CDLL(str(path))
+    for name, arguments in source.functions.items():
+        function = getattr(found, name)
+        function.restype, function.argtypes = None, list(arguments)
+    return found
+
+
+def _cpu() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return "\n".join(sorted({line for line in lines if line.startswith(("flags", "Features", "model name"))}))
+
+
+def _cache_folder() -> Path | None:
+    """A folder that only this user can write to, since code is loaded from it; None where there is none."""
+    try:
+        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "img2parquet"
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        status = folder.stat()
+    except (OSError, RuntimeError):
+        return None
+    ours = status.st_uid == os.getuid() and not status.st_mode & 0o022
+    return folder if ours and os.access(folder, os.W_OK) else None
+
+
+# vectors of 16 floats, on processors with shorter ones in pieces; bfloat16 in memory, float32 in registers
+PRELUDE = r"""
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <vector>
+#ifdef __AVX512F__
+#include <immintrin.h>
+#endif
+
+namespace {
+constexpr int LANES = 16;
+typedef float F __attribute__((vector_size(LANES * 4)));
+typedef uint32_t U __attribute__((vector_size(LANES * 4)));
+typedef uint16_t H __attribute__((vector_size(LANES * 2)));
+
+inline F load(const float* p) { F v; std::memcpy(&v, p, sizeof v); return v; }
+inline void store(float* p, F v) { std::memcpy(p, &v, sizeof v); }
+#ifdef __AVX512BF16__  // the portable form below takes a third longer
+inline F load(const uint16_t* p) {
+  return (F)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)), 16);
+}
+inline void store(uint16_t* p, F v) {
+  __m256bh h = _mm512_cvtneps_pbh((__m512)v);
+  std::memcpy(p, &h, sizeof h);
+}
+#else
+inline F load(const uint16_t* p) {
+  H h; std::memcpy(&h, p, sizeof h);
+  U u = __builtin_convertvector(h, U) << 16;
+  F v; std::memcpy(&v, &u, sizeof v); return v;
+}
+inline void store(uint16_t* p, F v) {
+  U u; std::memcpy(&u, &v, sizeof u);
+  u = (u + 0x7fff + ((u >> 16) & 1)) >> 16;
+  H h = __builtin_convertvector(u, H);
+  std::memcpy(p, &h, sizeof h);
+}
+#endif
+inline float as_float(float v) { return v; }
+inline float as_float(uint16_t v) { uint32_t u = uint32_t(v) << 16; float f; std::memcpy(&f, &u, 4); return f; }
+}  // namespace
+"""
