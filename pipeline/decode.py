@@ -2,6 +2,7 @@
 
 - Routed by the first bytes, never by a name. JPEG goes through libjpeg-turbo in strict mode, because Pillow turns most
   damaged JPEGs into confident garbage; everything else, and CMYK, goes to the one Pillow plugin of its format.
+- A JPEG may be decoded 2 or 4 times smaller, where its caller says so; its size is then still the source's.
 - The header is read first and `max_pixels` holds before any pixel is allocated; Pillow's process-wide limit and
   LOAD_TRUNCATED_IMAGES are neither used nor changed.
 - No bytes make `decode` raise, except MemoryError. ICC profiles are ignored, as the reference processors do.
@@ -11,7 +12,7 @@ from __future__ import annotations
 
 import io
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -43,6 +44,7 @@ from pipeline.headers import (
 from pipeline.schema import Bad, Pixels, Reason
 
 Rgb = npt.NDArray[np.uint8]
+Shrink = Callable[[tuple[int, int]], int]  # upright height and width of a source -> 1, 2 or 4
 
 
 @dataclass(frozen=True)
@@ -64,13 +66,18 @@ def describe(policy: DecodePolicy) -> dict[str, Any]:
     return {**asdict(policy), "jpeg": "libjpeg-turbo strict", "other": "pillow", "icc": "ignored", "frames": "first"}
 
 
-def decode(image: bytes | memoryview, policy: DecodePolicy = DecodePolicy()) -> Pixels | Bad:
-    """An image file's bytes -> uint8 RGB (height, width, 3) with remarks, or a reason and the decoder's own words."""
+def decode(
+    image: bytes | memoryview, policy: DecodePolicy = DecodePolicy(), shrink: Shrink | None = None
+) -> Pixels | Bad:
+    """An image file's bytes -> uint8 RGB (height, width, 3) with remarks, or a reason and the decoder's own words.
+
+    shrink says how many times smaller an image of that upright size may be decoded; only JPEGs that hold
+    coefficients of three colours or grey are. What is refused, and why, does not depend on it."""
     view = memoryview(image).cast("B")
     kind = "image"
     try:
         kind = sniff(view)
-        return _decode_jpeg(view, policy) if kind == "JPEG" else _decode_other(kind, view, policy)
+        return _decode_jpeg(view, policy, shrink) if kind == "JPEG" else _decode_other(kind, view, policy)
     except Refused as refusal:
         return Bad(refusal.reason, refusal.message)
     except MemoryError:
@@ -79,13 +86,35 @@ def decode(image: bytes | memoryview, policy: DecodePolicy = DecodePolicy()) -> 
         return Bad(_reason_of(error), f"{kind}: {type(error).__name__}: {error}"[:300])
 
 
-def _decode_jpeg(view: memoryview, policy: DecodePolicy) -> Pixels:
+def _decode_jpeg(view: memoryview, policy: DecodePolicy, shrink: Shrink | None) -> Pixels:
     header = read_jpeg_header(view)
     check_size(header.width, header.height, policy.max_pixels)
     if header.precision != 8:
         raise Refused("unsupported", f"JPEG: {header.precision} bits per sample; only 8 are decoded")
-    rgb, warnings = _jpeg_pixels(view, header, policy)
-    return Pixels(_upright(rgb, header.orientation) if policy.exif == "apply" else rgb, warnings)
+    orientation = header.orientation if policy.exif == "apply" else 1
+    source_HW = (header.width, header.height) if orientation >= 5 else (header.height, header.width)
+    by = _smaller(view, header, orientation, shrink(source_HW)) if shrink else 1
+    if by == 1:
+        rgb, warnings = _jpeg_pixels(view, header, policy)
+        return Pixels(_upright(rgb, orientation), warnings)
+    rgb, warnings = _turbo(view, "RGB", policy.salvage, _scaled(header, by))
+    return Pixels(_upright(rgb, orientation), warnings, by, source_HW)
+
+
+def _smaller(view: memoryview, header: JpegHeader, orientation: int, allowed: int) -> int:
+    """How many times smaller the JPEG is decoded: at most `allowed`, and 1 for those that take another way."""
+    # a lossless one is never scaled by libjpeg, and simplejpeg gives it a scaled buffer all the same
+    if allowed == 1 or header.components not in (1, 3) or header.lossless or not _turbo_takes(view):
+        return 1
+    # the last row and column, where the source fills them in part, have to stay the last: a mirrored image needs none
+    while orientation > 1 and (header.height % allowed or header.width % allowed):
+        allowed //= 2
+    return allowed
+
+
+def _scaled(header: JpegHeader, by: int) -> dict[str, int]:
+    """What makes simplejpeg decode 1 / by and nothing between: with less than this whole size it takes N/8."""
+    return {"min_height": -(-header.height // by), "min_width": -(-header.width // by), "min_factor": by}
 
 
 def _jpeg_pixels(view: memoryview, header: JpegHeader, policy: DecodePolicy) -> tuple[Rgb, tuple[str, ...]]:
@@ -106,12 +135,14 @@ def _turbo_takes(view: memoryview) -> bool:
     return True
 
 
-def _turbo(view: memoryview, colorspace: str, salvage: bool) -> tuple[Rgb, tuple[str, ...]]:
+def _turbo(
+    view: memoryview, colorspace: str, salvage: bool, scaled: Mapping[str, int] | None = None
+) -> tuple[Rgb, tuple[str, ...]]:
     try:
-        return simplejpeg.decode_jpeg(view, colorspace, strict=True), ()
+        return simplejpeg.decode_jpeg(view, colorspace, strict=True, **scaled or {}), ()
     except ValueError as error:
         if salvage:
-            return simplejpeg.decode_jpeg(view, colorspace, strict=False), ("salvaged",)
+            return simplejpeg.decode_jpeg(view, colorspace, strict=False, **scaled or {}), ("salvaged",)
         cut = "Premature end of JPEG file" in str(error) or b"\xff\xd9" not in bytes(view)
         raise Refused("truncated" if cut else "corrupt_data", f"JPEG: {error}") from error
 

@@ -85,9 +85,16 @@ class JpegHeader(NamedTuple):
     height: int
     precision: int
     components: int
+    frame_marker: int
     orientation: int
 
+    @property
+    def lossless(self) -> bool:
+        """Predicted pixels instead of a transform: there are no coefficients to decode fewer of."""
+        return self.frame_marker in _LOSSLESS
 
+
+_LOSSLESS = frozenset({0xC3, 0xC7, 0xCB, 0xCF})
 _START_OF_FRAME = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}  # less huffman tables, JPG, arithmetic tables
 _NO_LENGTH = frozenset({0x01, *range(0xD0, 0xD9)})
 _MAX_SEGMENTS = 10_000
@@ -95,11 +102,11 @@ _MAX_SEGMENTS = 10_000
 
 def read_jpeg_header(view: memoryview) -> JpegHeader:
     """Walks the markers up to the first scan; nothing is decoded, nothing large allocated."""
-    frame: tuple[int, int, int, int] | None = None
+    frame: tuple[int, int, int, int, int] | None = None
     orientation = 1
     for marker, body in _segments(view):
         if marker in _START_OF_FRAME:
-            frame = frame or _frame(body)
+            frame = frame or (*_frame(body), marker)
         elif marker == 0xE1 and bytes(body[:6]) == b"Exif\0\0":
             orientation = exif_orientation(bytes(body[6:]))
     if frame is None:

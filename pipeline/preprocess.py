@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal, cast
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 Resample = Literal["nearest", "lanczos", "bilinear", "bicubic", "box", "hamming"]
 Resize = Literal["shortest_edge", "exact", "none"]
 Pair = tuple[int, int]
+Covered = tuple[float, float] | None
 Uint8 = npt.NDArray[np.uint8]
 
 
@@ -88,7 +90,7 @@ class Preprocessor:
             return _too_long(source_HW, size_HW, self.settings.max_resized_pixels)
         image_HWC = pixels.rgb_HWC
         if size_HW != source_HW:
-            image_HWC = self._resize(image_HWC, size_HW, self.settings.resample)
+            image_HWC = self._resize(image_HWC, size_HW, self.settings.resample, _covered(pixels))
         return center_crop(image_HWC, self.settings.size_HW, out)
 
 
@@ -124,7 +126,15 @@ def _too_long(source_HW: tuple[int, int], size_HW: tuple[int, int], limit: int) 
     return Bad("aspect_ratio", message)
 
 
-def _by_torch(image_HWC: Uint8, size_HW: tuple[int, int], resample: Resample) -> Uint8:
+def _covered(pixels: Pixels) -> Covered:
+    """Height and width of the part of a smaller image that its source fills, in its own pixels; None for a whole one.
+
+    1601 columns at half size are 801, the last one half: without this the resize would shift the right side by up to
+    half a pixel of what it makes."""
+    return None if pixels.shrunk == 1 else (pixels.height / pixels.shrunk, pixels.width / pixels.shrunk)
+
+
+def _by_torch(image_HWC: Uint8, size_HW: Pair, resample: Resample, covered_HW: Covered = None) -> Uint8:
     import torch
 
     kernels = {"bilinear": torch.ops.aten._upsample_bilinear2d_aa, "bicubic": torch.ops.aten._upsample_bicubic2d_aa}
@@ -133,15 +143,16 @@ def _by_torch(image_HWC: Uint8, size_HW: tuple[int, int], resample: Resample) ->
     # the channels-last view: a contiguous (C, H, W) copy costs several times more on large images. The batch goes in
     # front first: else its stride is none of channels last, torch gives (C, H, W), and to turn it takes as long again
     image_1CHW = torch.from_numpy(usable_HWC)[None].permute(0, 3, 1, 2)
-    resized_1CHW = kernels[resample](image_1CHW, list(size_HW), align_corners=False)
+    scales_HW = [size / covered for size, covered in zip(size_HW, covered_HW, strict=True)] if covered_HW else ()
+    resized_1CHW = kernels[resample](image_1CHW, list(size_HW), False, *scales_HW)
     return cast(Uint8, resized_1CHW[0].permute(1, 2, 0).numpy())
 
 
-def _by_pillow(image_HWC: Uint8, size_HW: tuple[int, int], resample: Resample) -> Uint8:
+def _by_pillow(image_HWC: Uint8, size_HW: Pair, resample: Resample, covered_HW: Covered = None) -> Uint8:
     from PIL import Image
 
-    code = Image.Resampling[resample.upper()]
-    return np.asarray(Image.fromarray(image_HWC).resize(size_HW[::-1], code))
+    code, box = Image.Resampling[resample.upper()], (0, 0, *covered_HW[::-1]) if covered_HW else None
+    return np.asarray(Image.fromarray(image_HWC).resize(size_HW[::-1], code, box))
 
 
 def normalize_on_device(x_BHWC: Tensor, settings: PreprocessSettings, dtype: torch.dtype) -> Tensor:
@@ -151,13 +162,22 @@ def normalize_on_device(x_BHWC: Tensor, settings: PreprocessSettings, dtype: tor
     # a fresh float32 copy, so that the in-place steps leave the caller's pixels alone
     x_BCHW = x_BHWC.permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.channels_last, copy=True)
     if settings.do_normalize:
-        scale = 1.0 / settings.rescale_factor
-        mean_C = torch.tensor(settings.mean, dtype=torch.float32, device=x_BCHW.device) * scale
-        std_C = torch.tensor(settings.std, dtype=torch.float32, device=x_BCHW.device) * scale
-        x_BCHW.sub_(mean_C.view(-1, 1, 1)).div_(std_C.view(-1, 1, 1))
+        mean_C11, std_C11 = _mean_and_std(settings, x_BCHW.device)
+        x_BCHW.sub_(mean_C11).div_(std_C11)
     elif settings.rescale_factor != 1:
         x_BCHW.mul_(settings.rescale_factor)
     return x_BCHW.to(dtype)
+
+
+@functools.lru_cache
+def _mean_and_std(settings: PreprocessSettings, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Of uint8 levels, each (C, 1, 1). Kept: moving them to a GPU in each batch would wait for the one before."""
+    import torch
+
+    with torch.inference_mode(False):
+        levels = torch.tensor([settings.mean, settings.std], dtype=torch.float32) * (1.0 / settings.rescale_factor)
+        mean_C11, std_C11 = levels.to(device)[..., None, None]
+        return mean_C11, std_C11
 
 
 # --- preprocessor_config.json ----------------------------------------------------------------------------------------
