@@ -49,16 +49,16 @@ class Folder(SourceSettings):
 
     def plan(self, limits: PartLimits) -> Iterator[tuple[Piece, ...]]:
         """One piece per image file. Raises InputError, StorageError."""
-        roots = Roots(self.uris)
+        roots = Roots(self.names)
         with input_exists():
             entries = {entry.uri: entry for name in roots.names for entry in _files(self.store, name)}
         images = [entries[uri] for uri in sorted(entries) if _is_image(roots.key_of(uri))]
-        _tell_ignored(entries.keys() - {entry.uri for entry in images}, found=bool(images), where=self.uris)
+        _tell_ignored(entries.keys() - {entry.uri for entry in images}, found=bool(images), where=self.names)
         yield from pack((Piece(e.uri, e.size_bytes, e.etag, rows=1) for e in images), limits)
 
     def read(self, part: Part) -> Iterator[Row | Reject]:
         """Every file of a part in order, fetched in parallel. Raises PartFailed for one that changed or is gone."""
-        roots = Roots(self.uris)
+        roots = Roots(self.names)
         fetched = fetch_in_order(part.pieces, self._fetch, self.threads, lambda piece: piece.size_bytes)
         for row, (piece, image) in enumerate(fetched):
             key = roots.key_of(piece.uri)

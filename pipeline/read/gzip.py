@@ -14,6 +14,7 @@ from pipeline.read.byte_source import ChunkBytes
 MAGIC = b"\x1f\x8b"
 INPUT_BYTES = 64 << 10  # what an error inside the deflate stream can cost of the good bytes before it
 OUTPUT_BYTES = 1 << 20
+MAX_TEXT_BYTES = 64 << 10  # of a header's file name or comment
 EXTRA, NAME, COMMENT, CHECKSUM = 4, 8, 16, 2
 
 
@@ -60,12 +61,18 @@ class GzipBytes(ChunkBytes):
         if header[3] & EXTRA:
             self.compressed.skip(int.from_bytes(self.compressed.take(2), "little"))
         for flag in (NAME, COMMENT):
-            if header[3] & flag:
-                while self.compressed.take(1) not in (b"\0", b""):
-                    pass
+            if header[3] & flag and not self._skip_text():
+                return False
         if header[3] & CHECKSUM:
             self.compressed.skip(2)
         return True
+
+    def _skip_text(self) -> bool:
+        """Pass over a text that ends with a zero; one without an end is no header."""
+        text = self.compressed.take(MAX_TEXT_BYTES)
+        end = text.find(b"\0")
+        self.compressed.unread(text[end + 1 :])
+        return end >= 0
 
     def _more_members(self) -> bool:
         """Whether something follows this member but zeros, with which some writers pad."""

@@ -61,7 +61,7 @@ class ParquetRows(SourceSettings):
             parts = pack((piece for footer in self._footers() for piece in pieces_of(footer, limits)), limits)
             first = next(parts, None)
             if first is None:
-                raise InputError(f"{', '.join(map(redact, self.uris))}: the Parquet files hold no rows")
+                raise InputError(f"{', '.join(map(redact, self.names))}: the Parquet files hold no rows")
             yield from itertools.chain([first], parts)
 
     def read(self, part: Part) -> Iterator[Row | Reject]:
@@ -81,11 +81,11 @@ class ParquetRows(SourceSettings):
         if not self.keep:
             return pa.schema([])
         with input_exists():
-            footer = next(read_footers(self.store, self.store.expand(self.uris[:1])[:1]))
+            footer = next(read_footers(self.store, self.store.expand(self.names[:1])[:1]))
         return pa.schema(kept_fields(self.kept, footer.schema, footer.entry.uri))
 
     def _entries(self) -> list[Entry]:
-        return sorted(self.store.expand(self.uris), key=lambda entry: entry.uri)
+        return sorted(self.store.expand(self.names), key=lambda entry: entry.uri)
 
     def _footers(self) -> Iterator[Footer]:
         """Of every file, each checked for the columns and against the first."""

@@ -29,9 +29,10 @@ class Sampler:
     kept: tuple[Kept, ...]
     max_member_bytes: int
 
-    def is_wanted(self, name: str) -> bool:
+    def is_wanted(self, name: str, size_bytes: int) -> bool:
         suffix = split_name(name)[1]
-        return self.is_image(suffix) or (bool(self.kept) and last_extension(suffix) in SIDECARS)
+        is_sidecar = bool(self.kept) and last_extension(suffix) in SIDECARS
+        return self.is_image(suffix) or (is_sidecar and size_bytes <= MAX_SIDECAR_BYTES)
 
     def is_image(self, suffix: str) -> bool:
         return suffix in self.image if self.image else last_extension(suffix) in IMAGE_EXTENSIONS
@@ -52,7 +53,7 @@ class Sampler:
             if sample.members and (key != sample.key or sample.held_bytes > 2 * self.max_member_bytes):
                 yield sample
                 sample = Sample(continues=key == sample.key)  # an endless sample is cut, so that it is never held whole
-            is_held = item.size_bytes <= self.max_member_bytes and self.is_wanted(item.name)
+            is_held = item.size_bytes <= self.max_member_bytes and self.is_wanted(item.name, item.size_bytes)
             sample.add(key, suffix, item, item.size_bytes if is_held else 0)
         yield from sample.finished()
 

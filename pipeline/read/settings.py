@@ -1,6 +1,7 @@
 """What every source's settings share: URIs, kept columns, the store behind them, and how a part fails.
 
-A source never holds a secret: its settings are written to `_run.json` and pickled to every worker.
+`uris` may hold what opens them (a login, a signature). It goes to the workers with the settings and nowhere else:
+files are called by their `names`, and so are the URIs when settings are dumped or shown. Options hold no secrets.
 """
 
 from __future__ import annotations
@@ -8,15 +9,18 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, JsonValue, field_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, JsonValue, field_serializer, field_validator
 
 from pipeline.errors import InputError, NotFound, PartFailed, StorageError
 from pipeline.read.keep import Kept, parse_keep
 from pipeline.schema import Piece
-from pipeline.storage import Entry, Store, redact, resolve
+from pipeline.storage import Entry, Store, name_of, redact, resolve
+from pipeline.storage.given import given
+from pipeline.storage.patterns import expand_braces
 
 # what is offered to decode, which looks at the bytes: a HEIC file becomes a reject there, not a file that nobody saw
 IMAGE_EXTENSIONS = frozenset(
@@ -24,7 +28,9 @@ IMAGE_EXTENSIONS = frozenset(
     | {"heic", "heif", "jp2", "jxl", "ppm", "pgm", "pbm", "pnm"}
 )
 SECRET = re.compile(
-    r"(^|_)(key|secret|token|passwd|password|credentials?|sas|sig)(_|$)|connection_string", re.IGNORECASE
+    r"(^|[_-])(key|secret|token|passwd|password|credentials?|sas|sig|auth|authorization|cookies?)([_-]|$)"
+    r"|connection_?string|(account|access|api)key",
+    re.IGNORECASE,
 )
 CHANGED_HINT = "the plan is frozen: put the input back as it was, or start a new run in another output folder"
 
@@ -79,9 +85,24 @@ class SourceSettings(BaseModel):
     def kept(self) -> tuple[Kept, ...]:
         return parse_keep(self.keep)
 
+    @field_serializer("uris")
+    def _without_secrets(self, uris: tuple[str, ...]) -> tuple[str, ...]:
+        return tuple(map(name_of, uris))
+
+    def __repr_args__(self) -> Iterator[tuple[str | None, Any]]:
+        for name, value in super().__repr_args__():
+            yield name, self.names if name == "uris" else value
+
     @property
+    def names(self) -> tuple[str, ...]:
+        """The URIs without what only opens them."""
+        return tuple(map(name_of, self.uris))
+
+    @cached_property
     def store(self) -> Store:
-        return Store(options=self.storage_options)
+        """Which knows what opens the names. Raises InputError where one name has two signatures."""
+        uris = (resolve(name) for uri in self.uris for name in (expand_braces(uri) if "://" in uri else ()))
+        return Store(options=self.storage_options, given=given(uris))
 
 
 def _names_in(options: Mapping[str, JsonValue]) -> Iterator[str]:

@@ -4,12 +4,15 @@
   own stretch and the header, not the list from the start.
 * The list is pinned by its etag; the objects that it names are not, and a name that leads nowhere is a reject.
 * Relative names are relative to the list's folder.
+* A list is data of others: it may not send us to private addresses, to drivers that the job does not name, or, where it
+  came over the web, to files of this machine. What opens a URI (a signature, a login) is used and not written down.
 """
 
 from __future__ import annotations
 
 import itertools
 import posixpath
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -18,7 +21,7 @@ from typing import Any, Literal
 import pyarrow as pa
 from pydantic import Field
 
-from pipeline.errors import InputError, NotFound
+from pipeline.errors import InputError, NotFound, PrivateAddress
 from pipeline.read import PartLimits
 from pipeline.read.fetch import fetch_in_order
 from pipeline.read.keep import convert_all, to_valid_text
@@ -26,10 +29,13 @@ from pipeline.read.lists import Broken, CsvList, JsonList, List, ParquetList
 from pipeline.read.pack import pack
 from pipeline.read.settings import SourceSettings, input_exists, part_fails
 from pipeline.schema import Part, Piece, Reject, Row
-from pipeline.storage import Entry, redact
+from pipeline.storage import Entry, name_of, redact
 from pipeline.storage.entry import scheme_of
+from pipeline.storage.given import WEB
 
 MAX_NAME_BYTES = 255
+ROW_SCHEMES = {"", "file", "local", *WEB, "s3", "s3a", "s3n", "gs", "gcs", "az", "abfs", "abfss", "memory"}
+LOCAL = {"", "file", "local"}
 
 FORMATS: Mapping[str, List] = {
     "csv": CsvList(","), "tsv": CsvList("\t"), "jsonl": JsonList(), "ndjson": JsonList(), "parquet": ParquetList()
@@ -61,7 +67,7 @@ class Table(SourceSettings):
             parts = pack(self._pieces(limits), replace(limits, size_bytes=1 << 62))
             first = next(parts, None)
             if first is None:
-                raise InputError(f"{', '.join(map(redact, self.uris))}: the lists hold no rows")
+                raise InputError(f"{', '.join(map(redact, self.names))}: the lists hold no rows")
             yield from itertools.chain([first], parts)
 
     def read(self, part: Part) -> Iterator[Row | Reject]:
@@ -81,14 +87,14 @@ class Table(SourceSettings):
         if all(column.type_name for column in self.kept):
             return pa.schema([column.field() for column in self.kept])
         with input_exists():
-            entry = self.store.expand(self.uris[:1])[0]
+            entry = self.store.expand(self.names[:1])[0]
             return pa.schema(self._format(entry.uri).fields(self.store, entry, self.kept))
 
     def _entries(self) -> list[Entry]:
-        return sorted(self.store.expand(self.uris), key=lambda entry: entry.uri)
+        return sorted(self.store.expand(self.names), key=lambda entry: entry.uri)
 
     def _format(self, uri: str) -> List:
-        name = self.format or uri.rpartition("/")[2].rpartition(".")[2].lower()
+        name = self.format or redact(uri).rpartition("/")[2].rpartition(".")[2].lower()
         if name not in FORMATS:
             raise InputError(
                 f"{redact(uri)}: not known as a list of URIs by its extension",
@@ -131,16 +137,28 @@ class Table(SourceSettings):
             return Record(where, shard, "", Broken("not_found", f"`{uri[:60]}...` is too long for a file's name"))
         if key is None or key == "":
             return Record(where, shard, "", Broken("no_key", f"column `{self.key}` is null or empty"))
-        columns, remarks = convert_all(self.kept, values, default)
-        return Record(
-            to_valid_text(str(key)), shard, _absolute(to_valid_text(uri.strip()), shard), None, columns, remarks
-        )
+        columns, remarks = convert_all(self.kept, {**values, self.uri: name_of(uri)}, default)
+        address = _absolute(to_valid_text(uri.strip()), shard)
+        refused = self._refuses(scheme_of(address), shard)
+        return Record(to_valid_text(name_of(str(key))), shard, address, refused, columns, remarks)
+
+    def _refuses(self, scheme: str, shard: str) -> Broken | None:
+        """Why a list may not name a URI of this scheme."""
+        own = scheme_of(shard)
+        if scheme in LOCAL and own in WEB:
+            return Broken("unsupported", "a list from the web may not name a file of this machine")
+        if scheme in ROW_SCHEMES or scheme == own or scheme in self.storage_options:
+            return None
+        message = f"a list may not ask for the driver `{scheme}://`; where it is wanted, set storage_options"
+        return Broken("unsupported", f"{message}: {{{scheme}: {{}}}}")
 
     def _fetch(self, record: Record) -> bytes | Broken:
         if record.broken:
             return record.broken
         try:
             image = self.store.read(record.uri, 0, self.max_image_bytes + 1)
+        except PrivateAddress as error:
+            return Broken("unsupported", f"{error.message}; {error.hint}")
         except (NotFound, InputError) as error:
             return Broken("not_found", error.message)
         except ValueError as error:  # a NUL in a file's name
@@ -169,6 +187,8 @@ def _absolute(uri: str, list_uri: str) -> str:
     """A name in a list to a URI; one without a scheme is relative to the list's folder."""
     if scheme_of(uri) or uri.startswith("/"):
         return uri
+    if scheme_of(list_uri) in WEB:
+        list_uri = re.split(r"[?#]", list_uri, maxsplit=1)[0]
     scheme, slashes, path = list_uri.rpartition("://")
     authority, _, path = path.partition("/")
     return scheme + slashes + authority + posixpath.normpath(posixpath.join("/" + posixpath.dirname(path), uri))

@@ -22,6 +22,7 @@ WINDOW_BYTES = 1 << 20
 MAX_EXTENDED_BYTES = 1 << 20  # a name longer than this is an attack or damage
 MAGIC, MAGIC_AT = b"ustar", 257
 BODILESS = b"123456"  # links, devices, folders, pipes: their size field is not the length of a body
+USED_RECORDS = {"path", "size", "GNU.sparse.name", "broken"}
 COMPRESSIONS = {b"\x28\xb5\x2f\xfd": "zstd", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"PK\x03\x04": "zip"}
 
 
@@ -59,7 +60,7 @@ class Archive:
     `has_end_marker` is known at the end; a file that is whole but for its marker is no damage."""
 
     def __init__(
-        self, source: ByteSource, wanted: Callable[[str], bool], max_body_bytes: int, bodies: bool = True
+        self, source: ByteSource, wanted: Callable[[str, int], bool], max_body_bytes: int, bodies: bool = True
     ) -> None:
         self.source, self.wanted, self.max_body_bytes, self.bodies = source, wanted, max_body_bytes, bodies
         self.global_records: dict[str, bytes] = {}
@@ -110,7 +111,7 @@ class Archive:
             records["path" if header.type == b"L" else "linkpath"] = body.split(b"\0", 1)[0]
         else:
             target = self.global_records if header.type == b"g" else records
-            target.update(parse_records(body))
+            target.update(_used(parse_records(body)))
         return ""
 
     def _read_member(self, start: int, header: Header, records: Mapping[str, bytes]) -> Member | Damage:
@@ -130,7 +131,7 @@ class Archive:
         self, start: int, name: str, kind: Literal["file", "link", "sparse", "other"], size_bytes: int
     ) -> Member | Damage:
         body = None
-        if self.bodies and kind == "file" and size_bytes <= self.max_body_bytes and self.wanted(name):
+        if self.bodies and kind == "file" and size_bytes <= self.max_body_bytes and self.wanted(name, size_bytes):
             body = self.source.take(size_bytes)
             found = len(body)
             inner = find_header(body, aligned=True)
@@ -240,6 +241,12 @@ def parse_records(body: bytes) -> dict[str, bytes]:
         records[to_valid_text(key)] = value
         at = end
     return records
+
+
+def _used(records: Mapping[str, bytes]) -> dict[str, bytes]:
+    """What is read of them: a shard may hold any number of others, and global ones are kept to its end."""
+    sparse = {"GNU.sparse.": b""} if any(key.startswith("GNU.sparse.") for key in records) else {}
+    return {**{key: value for key, value in records.items() if key in USED_RECORDS}, **sparse}
 
 
 def find_header(data: bytes, aligned: bool = False) -> int | None:

@@ -86,7 +86,7 @@ class WebDataset(SourceSettings):
     def plan(self, limits: PartLimits) -> Iterator[tuple[Piece, ...]]:
         """Small tars grouped by their bytes, large ones split. Raises InputError, StorageError."""
         with input_exists():
-            entries = sorted(self.store.expand(self.uris), key=lambda entry: entry.uri)
+            entries = sorted(self.store.expand(self.names), key=lambda entry: entry.uri)
         by_bytes = replace(limits, size_bytes=min(limits.size_bytes, limits.rows * TYPICAL_IMAGE_BYTES))
         for is_large, run in itertools.groupby(entries, self._is_split):
             if is_large:

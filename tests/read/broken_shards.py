@@ -347,7 +347,7 @@ LISTS = (
         "list with odd names",
         "a.csv",
         b"uri,n\n,1\nimg/0.jpg\0,2\nnosuch://x/y,3\nimg,4\n" + b"y" * 300 + b",5\n",
-        rejects={"not_found": 5},
+        rejects={"not_found": 4, "unsupported": 1},
     ),
     _list("tsv", "a.tsv", b"uri\tn\nimg/0.jpg\t1\n", keys=BOTH[:1]),
     _list("jsonl", "a.jsonl", b'{"uri": "img/0.jpg"}\n\n{"uri": "img/1.jpg", "more": 1}', keys=BOTH),

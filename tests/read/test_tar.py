@@ -32,7 +32,7 @@ def chunked(data: bytes, size: int) -> Iterator[bytes]:
 
 
 def members(data: bytes, chunk: int = 1000) -> list[Member | Damage]:
-    return list(Archive(ChunkBytes(chunked(data, chunk), 0, len(data)), lambda name: True, LIMIT))
+    return list(Archive(ChunkBytes(chunked(data, chunk), 0, len(data)), lambda name, size_bytes: True, LIMIT))
 
 
 @settings(max_examples=60, deadline=None)
@@ -151,7 +151,7 @@ def test_checksums_of_old_signed_writers_are_accepted() -> None:
 
 def test_an_inner_tar_is_a_body_like_any_other() -> None:
     data = tar([("inner.tar", tar(images())), ("a.jpg", jpeg(0))])
-    archive = Archive(ChunkBytes(chunked(data, 700), 0, len(data)), lambda name: name.endswith("jpg"), LIMIT)
+    archive = Archive(ChunkBytes(chunked(data, 700), 0, len(data)), lambda name, _: name.endswith("jpg"), LIMIT)
     assert [item.name for item in archive] == ["inner.tar", "a.jpg"]
 
 
@@ -166,7 +166,7 @@ def test_fuzz(seed: int, is_gzip: bool) -> None:
         source: ChunkBytes = GzipBytes(chunked(compressed, 777))
     else:
         source = ChunkBytes(chunked(data, 777), 0, len(data))
-    found = list(itertools.islice(Archive(source, lambda name: True, LIMIT), 1000))
+    found = list(itertools.islice(Archive(source, lambda name, size_bytes: True, LIMIT), 1000))
     assert len(found) < 1000
     at = 0
     if is_gzip and found and isinstance(found[-1], Damage) and not found[-1].size_bytes:
@@ -255,7 +255,7 @@ def test_headers_alone_are_read_from_large_members(tmp_path: Path) -> None:
             return super().read(uri, start, stop, expect=expect)
 
     source = RangedBytes(Counting(), Store().stat(str(path)))
-    found = list(Archive(source, lambda name: True, LIMIT, bodies=False))
+    found = list(Archive(source, lambda name, size_bytes: True, LIMIT, bodies=False))
     assert len(found) == 2004 and all(isinstance(item, Member) for item in found)
     assert sum(asked) < 4 << 20, "the large bodies were not read"
     assert len(asked) < 30, "the small ones did not cost a request each"
