@@ -10,6 +10,7 @@ A batch is an atom: runners move whole batches, so results do not depend on how 
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
@@ -19,6 +20,7 @@ import pyarrow as pa
 
 from pipeline.errors import PartFailed, StorageError
 from pipeline.job import JobSpec
+from pipeline.meter import Spent, retried
 from pipeline.models import Card
 from pipeline.preprocess import PreprocessSettings
 from pipeline.read import Source, read_part
@@ -45,6 +47,7 @@ class Batch:
     rows: tuple[Row, ...]
     rejects: tuple[Reject, ...] = ()
     rows_in: int | None = None  # of the whole part; None unless this is its last batch
+    spent: Mapping[str, Spent] = field(default_factory=dict, compare=False)  # by stage, as in what it becomes
 
 
 @dataclass(frozen=True)
@@ -65,7 +68,8 @@ class Prepared:
     rejects: tuple[Reject, ...]
     crops: Mapping[PreprocessSettings, Crops]
     rows_in: int | None
-    seconds: Mapping[str, float]
+    spent: Mapping[str, Spent]
+    waited: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -75,7 +79,8 @@ class Embedded:
     tables: Mapping[str, pa.Table]
     rejects: Mapping[str, tuple[Reject, ...]]
     rows_in: int | None = None
-    seconds: Mapping[str, float] = field(default_factory=dict)
+    spent: Mapping[str, Spent] = field(default_factory=dict)
+    waited: Mapping[str, float] = field(default_factory=dict)  # seconds that workers waited for this batch, by pool
 
     @property
     def images(self) -> int:
@@ -88,31 +93,63 @@ class Embedded:
 class Failed:
     part_index: int
     message: str
+    spent: Mapping[str, Spent] = field(default_factory=dict, compare=False)
+
+
+class WorkersLost(Exception):
+    """Raised by a runner's stream whose workers died, or hang, more often than it can replace them. What it has not
+    given may be asked of it again, `careful`: there, each step has a process of its own that an image may kill."""
 
 
 def cut(source: Source, part: Part, batch_size: int, most_rows: int = 1 << 62) -> Iterator[Batch | Failed]:
     """A part's batches, in order; one empty batch for a part without rows. A part that fails ends in Failed."""
-    rows: list[Row] = []
-    rejects: list[Reject] = []
+    items = _Timed(read_part(source, part))
+    pending: list[Row | Reject] = []
     count = 0
     try:
-        for item in read_part(source, part):
+        for item in items:
             if count and count % batch_size == 0:
-                yield Batch(part.index, count // batch_size - 1, tuple(rows), tuple(rejects))
-                rows, rejects = [], []
+                yield _batch(part, count // batch_size - 1, pending, items.lap())
+                pending = []
             assert item.row == count, f"{type(source).__name__} numbered row {count} as {item.row}"
-            if isinstance(item, Row):
-                rows.append(item)
-            else:
-                rejects.append(item)
+            pending.append(item)
             count += 1
             if count > most_rows:
                 raise _too_many(part, most_rows)
         _check_count(part, count)
     except (PartFailed, StorageError) as error:
-        yield Failed(part.index, str(error))
+        yield Failed(part.index, str(error), retried())
         return
-    yield Batch(part.index, max(count - 1, 0) // batch_size, tuple(rows), tuple(rejects), rows_in=count)
+    yield _batch(part, max(count - 1, 0) // batch_size, pending, items.lap(), rows_in=count)
+
+
+def _batch(part: Part, k: int, items: list[Row | Reject], read_s: float, rows_in: int | None = None) -> Batch:
+    rows = tuple(item for item in items if isinstance(item, Row))
+    rejects = tuple(item for item in items if isinstance(item, Reject))
+    read = Spent(read_s, len(rows), sum(len(row.image) for row in rows))
+    return Batch(part.index, k, rows, rejects, rows_in, {"read": read, **retried()})
+
+
+class _Timed:
+    """An iterator that knows how long it took to give its items, without what was done between them."""
+
+    def __init__(self, items: Iterator[Row | Reject]) -> None:
+        self.items, self.seconds = items, 0.0
+
+    def __iter__(self) -> Iterator[Row | Reject]:
+        return self
+
+    def __next__(self) -> Row | Reject:
+        started = time.perf_counter()
+        try:
+            return next(self.items)
+        finally:
+            self.seconds += time.perf_counter() - started
+
+    def lap(self) -> float:
+        """Seconds since the last lap."""
+        seconds, self.seconds = self.seconds, 0.0
+        return seconds
 
 
 def _too_many(part: Part, most_rows: int) -> PartFailed:

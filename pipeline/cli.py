@@ -6,12 +6,13 @@ import argparse
 import json
 import signal
 import sys
+import traceback
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
-from pipeline.errors import Img2ParquetError, UserError
+from pipeline.errors import Img2ParquetError, UserError, printable
 
 DONE, FAILED, MISUSE = 0, 1, 2
 
@@ -23,15 +24,35 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         code: int = arguments.command(arguments)
     except Img2ParquetError as error:
-        print(f"error: {error}", file=sys.stderr)
+        say(f"error: {_by_name(str(error))}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
-        print("interrupted: what is committed stays; run the same command again", file=sys.stderr)
+        say("interrupted: what is committed stays; run the same command again", file=sys.stderr)
         return 130
     except BrokenPipeError:
         sys.stderr.close()  # the reader of our output left; nothing more can be said
         return FAILED
+    except Exception as error:  # our own mistake; its traceback goes the same way as every other word
+        say(_by_name("".join(traceback.format_exception(error))).rstrip(), file=sys.stderr)
+        return FAILED
     return code
+
+
+def say(text: str, file: TextIO | None = None) -> None:
+    """One message to a terminal. Keys, names and server's words in it are of others, and may hold escape sequences."""
+    print(printable(text), file=file)
+
+
+def _by_name(text: str) -> str:
+    """The last look at what is said: no URL in it holds what opens it, whoever wrote the text."""
+    from pipeline.storage import names_in
+
+    return names_in(text)
+
+
+def _json_line(values: object) -> str:
+    """ASCII, without a control character."""
+    return json.dumps(values).replace("\x7f", "\\u007f")
 
 
 def _interrupt(*_: object) -> None:
@@ -51,8 +72,14 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--address", help="Ray cluster to join; default: RAY_ADDRESS, or one started here")
     run.add_argument("--json", action="store_true", help="print the summary as JSON")
     _add_job(_command(commands, "plan", _plan, "what a run would do: parts, bytes, what is committed; writes nothing"))
+    status = _command(commands, "status", _status, "how far a run is; works while it runs")
+    status.add_argument("uri", help="the job's output.uri")
+    status.add_argument(
+        "--rejects",
+        action="store_true",
+        help="count rows and rejects also where that needs a read for each of many parts",
+    )
     for name, function, text in (
-        ("status", _status, "how far a run is; works while it runs"),
         ("verify", _verify, "check every byte of an output against its plan; exit 1 and a list if anything is wrong"),
         ("rejects", _rejects, "the rejected images, as JSON lines"),
     ):
@@ -88,7 +115,7 @@ def _run(arguments: argparse.Namespace) -> int:
     finally:
         progress.close()
     if arguments.json:
-        print(json.dumps(summary.__dict__))
+        print(_json_line(summary.__dict__))
     else:
         print_summary(summary)
     return DONE
@@ -98,19 +125,21 @@ def print_summary(summary: Any) -> None:
     """A finished job in a few lines."""
     done_now = summary.parts - summary.parts_done_before
     if done_now:
-        print(f"parts      {summary.parts} ({done_now} now, {summary.parts_done_before} before)")
+        say(f"parts      {summary.parts} ({done_now} now, {summary.parts_done_before} before)")
     else:
-        print(f"parts      {summary.parts}, all committed before: nothing to do")
-    print(f"rows in    {summary.rows_in:,}")
+        say(f"parts      {summary.parts}, all committed before: nothing to do")
+    say(f"rows in    {summary.rows_in:,}")
     for name, rows in summary.rows_written.items():
-        print(f"written    {rows:,} to model={name}")
+        say(f"written    {rows:,} to model={name}")
     reasons = ", ".join(f"{reason} {count}" for reason, count in summary.rejected.items())
-    print(f"rejected   {sum(summary.rejected.values()):,}" + (f" ({reasons})" if reasons else ""))
+    say(f"rejected   {sum(summary.rejected.values()):,}" + (f" ({reasons})" if reasons else ""))
     for name, loss in summary.losses.items():
-        print(f"loss       {name} {'none: no row has a truth' if loss is None else format(loss, '.4f')}")
+        say(f"loss       {name} {'none: no row has a truth' if loss is None else format(loss, '.4f')}")
     if done_now:
-        print(f"speed      {summary.images_per_s:,.0f} images/s, {summary.seconds:.1f} s in all")
-    print(f"results    {summary.output_uri}")
+        say(f"speed      {summary.images_per_s:,.0f} images/s, {summary.seconds:.1f} s in all")
+    if summary.bottleneck:
+        say(f"bottleneck {summary.bottleneck}")
+    say(f"results    {summary.output_uri}")
 
 
 def _plan(arguments: argparse.Namespace) -> int:
@@ -129,29 +158,42 @@ def _plan(arguments: argparse.Namespace) -> int:
         plan = make_plan(job, probed.cards, probed.dtype)
     else:
         check_same_run(plan, identities(job, probed.cards, probed.dtype), output.uri)
-    files = output.part_files()
+    files = output.files()
     rows = f"{plan.rows:,}" if plan.rows is not None else "known when read"
     size = f"{sum(part.size_bytes for part in plan.parts):,} bytes of input"
-    print(f"plan       {len(plan.parts)} parts, {size}, rows {rows}; {where}")
-    print(f"dtype      {probed.dtype} on {probed.device}, batches of {probed.batch_size}")
-    for name in plan.identities:
-        done = sum(plan.file_name(name, part) in files for part in plan.parts)
-        print(f"model      {name}: {done} of {len(plan.parts)} parts committed, identity {plan.identity(name)}")
+    say(f"plan       {len(plan.parts)} parts, {size}, rows {rows}; {where}")
+    say(f"dtype      {probed.dtype} on {probed.device}, batches of {probed.batch_size}")
+    for name, names in plan.names.items():
+        done = sum(name_of_part in files for name_of_part in names)
+        say(f"model      {name}: {done} of {len(plan.parts)} parts committed, identity {plan.identity(name)}")
     return DONE
 
 
 def _status(arguments: argparse.Namespace) -> int:
     from pipeline.results import status
 
-    now = status(arguments.uri)
-    rows = f"{now.rows_in:,}" + (f" of {now.rows_planned:,}" if now.rows_planned is not None else "")
-    print(f"state      {'complete' if now.is_complete else 'not complete'}")
-    for name, done in now.parts_done.items():
-        print(f"model      {name}: {done} of {now.parts} parts, {now.rows_written[name]:,} rows")
-    print(f"rows in    {rows}")
-    print(f"rejected   {now.rejected:,}")
-    print(f"bytes      {now.size_bytes:,}")
+    print_status(status(arguments.uri, read_footers=True if arguments.rejects else None))
     return DONE
+
+
+def print_status(now: Any) -> None:
+    """How far a run is, in a few lines."""
+    unknown = "not counted; --rejects reads each part's footer"
+    rows = f"{now.rows_in:,}" if now.rows_in is not None else unknown
+    planned = f" of {now.rows_planned:,}" if now.rows_planned is not None else ""
+    say(f"state      {'complete' if now.is_complete else 'not complete'}")
+    for name, done in now.parts_done.items():
+        written = f", {now.rows_written[name]:,} rows" if now.rows_written is not None else ""
+        say(f"model      {name}: {done} of {now.parts} parts{written}")
+    say(f"rows in    {rows}{planned}")
+    say(f"rejected   {f'{now.rejected:,}' if now.rejected is not None else unknown}")
+    say(f"bytes      {now.size_bytes:,}")
+    if now.bottleneck:
+        here = f"{now.meter['parts_here']} parts of session {now.meter['session']}"
+        say(f"bottleneck {now.bottleneck} ({here})")
+    if now.retries:
+        kinds = ", ".join(f"{kind} {times:,}" for kind, times in sorted(now.retries.items()))
+        say(f"retries    {sum(now.retries.values()):,} requests to stores were sent again: {kinds}")
 
 
 def _verify(arguments: argparse.Namespace) -> int:
@@ -160,19 +202,21 @@ def _verify(arguments: argparse.Namespace) -> int:
 
     problems = verify(Output.at(arguments.uri))
     for problem in problems:
-        print(problem)
-    print(f"{len(problems)} problems" if problems else "ok: every planned row is there exactly once", file=sys.stderr)
+        say(problem.replace("\n", "\\n"))  # one line each, whatever a key holds
+    say(f"{len(problems)} problems" if problems else "ok: every planned row is there exactly once", file=sys.stderr)
     return FAILED if problems else DONE
 
 
 def _rejects(arguments: argparse.Namespace) -> int:
     from pipeline.results import read_rejects
 
-    rows = read_rejects(arguments.uri).to_pylist()
-    for row in rows:
-        print(json.dumps(row))
-    counts = Counter(row["reason"] for row in rows)
-    print(f"{len(rows)} rejects: " + ", ".join(f"{k} {v}" for k, v in counts.most_common()), file=sys.stderr)
+    table = read_rejects(arguments.uri)
+    counts: Counter[str] = Counter()
+    for batch in table.to_batches(max_chunksize=10_000):
+        for row in batch.to_pylist():
+            print(_json_line(row))
+            counts[row["reason"]] += 1
+    say(f"{table.num_rows} rejects: " + ", ".join(f"{k} {v}" for k, v in counts.most_common()), file=sys.stderr)
     return DONE
 
 
@@ -180,7 +224,7 @@ def _models(arguments: argparse.Namespace) -> int:
     from pipeline.catalogue import lines
 
     for line in lines():
-        print(line)
+        say(line)
     return DONE
 
 

@@ -14,6 +14,7 @@ import pickle
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from typing import Any
 
 import pyarrow as pa
@@ -21,9 +22,11 @@ import ray
 from ray.data import ActorPoolStrategy, DataContext, TaskPoolStrategy
 
 from pipeline.batch import Embedded, Failed, Prepared, Work, cut
+from pipeline.device import LANES
 from pipeline.embed import Embedder, Preparer
 from pipeline.errors import Img2ParquetError, JobFailed
 from pipeline.job import JobSpec
+from pipeline.meter import Idle
 from pipeline.probe import Probe, probe
 from pipeline.schema import Part
 
@@ -31,8 +34,11 @@ from pipeline.schema import Part
 # while the read waits for one hangs for ever, without a word (seen on 2 cores).
 ACTOR_CPUS, READ_CPUS = 0.75, 0.25
 BLOCK_BYTES = 16 << 20  # Ray's default of 128 MiB would be a thousand images, one worker's work for half a minute
+IMAGE_BYTES = 64 << 10  # typical: a part of a list has the list's own size
+BLOCKS_EACH = 8  # at least, of a small job to each worker: one that has the last block works alone
 MAX_READ_TASKS = 1000
 WORKER_TRIES = 3
+POOLS = {"both": "workers", "prepare": "preparers", "embed": "models"}  # names for the meter
 
 
 def start(job: JobSpec, address: str | None = None) -> Probe:
@@ -40,12 +46,16 @@ def start(job: JobSpec, address: str | None = None) -> Probe:
     if not ray.is_initialized():
         _init(address)
     gpus = _gpus_per_worker(job)
-    task = ray.remote(num_cpus=READ_CPUS, num_gpus=gpus)(probe)
+    task = ray.remote(num_cpus=READ_CPUS, num_gpus=gpus)(_probe)
     try:
-        result: Probe = ray.get(task.remote(job))
+        result: Probe = ray.get(task.remote(job, int(_resource("GPU")), gpus))
     except ray.exceptions.RayTaskError as error:
         raise _cause(error) from None
     return result
+
+
+def _probe(job: JobSpec, cluster_gpus: int, gpus_each: float) -> Probe:
+    return probe(job, cluster_gpus, gpus_each)
 
 
 def _init(address: str | None) -> None:
@@ -56,9 +66,9 @@ def _init(address: str | None) -> None:
         own = {"num_cpus": len(os.sched_getaffinity(0)), "include_dashboard": False}
         # every pool of restartable actors logs an "error" that is none, in the middle of the progress display
         os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
-    try:
+    try:  # not None, which would join whatever `ray start` left on this machine
         with nullcontext() if joined else _silent_stderr():
-            ray.init(address=joined, logging_level=logging.ERROR, log_to_driver=False, **own)
+            ray.init(address=joined or "local", logging_level=logging.ERROR, log_to_driver=False, **own)
     except (ConnectionError, RuntimeError, ValueError) as error:
         raise JobFailed(
             f"no Ray cluster at `{joined}`: {error}", hint="leave out the address to start one here"
@@ -91,21 +101,33 @@ def stream(parts: Iterable[Part], work: Work) -> Iterator[Embedded | Failed]:
 
 
 def _graph(parts: list[Part], work: Work) -> ray.data.Dataset:
-    _tune_context()
-    items = [{"payload": pickle.dumps(part)} for part in parts]
-    source = ray.data.from_items(items, override_num_blocks=min(len(items), MAX_READ_TASKS))
     handle = ray.put(work)
-    batches = source.map_batches(
-        _Read(handle), batch_size=1, batch_format="pyarrow", num_cpus=READ_CPUS,
-        compute=TaskPoolStrategy(size=_read_tasks(work)),
-    )  # fmt: skip
+    batches = _batches(parts, work, handle)
     count, gpus = workers(work.job), _gpus_per_worker(work.job)
     if not prepares_apart(work):
         cpus = 0 if gpus else min(ACTOR_CPUS * work.threads, ACTOR_CPUS * _cpus() / count)
         return _actors(batches, ["both", handle], count, cpus, gpus)
-    preparers = max(1, int(_cpus() * ACTOR_CPUS - (0 if gpus else count * ACTOR_CPUS)))
-    prepared = _actors(batches, ["prepare", handle], preparers, cpus=ACTOR_CPUS, gpus=0)
-    return _actors(prepared, ["embed", handle], count, cpus=0 if gpus else ACTOR_CPUS, gpus=gpus)
+    prepared = _actors(batches, ["prepare", handle], _preparers(work), cpus=ACTOR_CPUS, gpus=0)
+    cpus = 0 if gpus else ACTOR_CPUS
+    return _actors(prepared, ["embed", handle], count, cpus, gpus, calls=LANES + 1)  # one more to fetch its blocks
+
+
+def _batches(parts: list[Part], work: Work, handle: ray.ObjectRef[Work]) -> ray.data.Dataset:
+    """Read, one batch a row."""
+    _tune_context(_block_bytes(parts, workers(work.job)))
+    items = [{"payload": pickle.dumps(part)} for part in parts]
+    source = ray.data.from_items(items, override_num_blocks=min(len(items), MAX_READ_TASKS))
+    return source.map_batches(
+        _Read(handle), batch_size=1, batch_format="pyarrow", num_cpus=READ_CPUS,
+        compute=TaskPoolStrategy(size=_read_tasks(work)),
+    )  # fmt: skip
+
+
+def pools(work: Work) -> dict[str, int]:
+    """How many work at once, by what they do: for the meter."""
+    if not prepares_apart(work):
+        return {"readers": _read_tasks(work), "workers": workers(work.job)}
+    return {"readers": _read_tasks(work), "preparers": _preparers(work), "models": workers(work.job)}
 
 
 def prepares_apart(work: Work) -> bool:
@@ -113,14 +135,19 @@ def prepares_apart(work: Work) -> bool:
     return work.device != "cpu"
 
 
-def _actors(dataset: ray.data.Dataset, arguments: list[Any], count: int, cpus: float, gpus: float) -> ray.data.Dataset:
+def _actors(
+    dataset: ray.data.Dataset, arguments: list[Any], count: int, cpus: float, gpus: float, calls: int = 1
+) -> ray.data.Dataset:
+    """`calls` of one actor at a time, each in a thread of its own."""
     # without these bounds Ray restarts for ever; 2.60 knows them only among its deprecated `ray_remote_args`
     return dataset.map_batches(
         _Step,
         fn_constructor_args=arguments,
         batch_size=1,
         batch_format="pyarrow",
-        compute=ActorPoolStrategy(size=count),
+        compute=ActorPoolStrategy(
+            size=count, max_concurrent_calls_per_actor=calls, enable_true_multi_threading=calls > 1
+        ),
         num_cpus=cpus,
         num_gpus=gpus or None,
         max_restarts=WORKER_TRIES,
@@ -149,6 +176,7 @@ class _Step:
         work = ray.get(work) if isinstance(work, ray.ObjectRef) else work
         self.prepare = Preparer(work) if what in ("prepare", "both") else None
         self.embed = Embedder(work) if what in ("embed", "both") else None
+        self.pool, self.idle = POOLS[what], Idle()
 
     def __call__(self, table: pa.Table) -> Iterator[pa.Table]:
         for payload in table.column("payload"):
@@ -157,8 +185,11 @@ class _Step:
     def _one(self, item: Any) -> Prepared | Embedded | Failed:
         if isinstance(item, Failed):
             return item
+        waited_s = self.idle.end()
         prepared = self.prepare(item) if self.prepare else item
-        return self.embed(prepared) if self.embed else prepared
+        result = self.embed(prepared) if self.embed else prepared
+        self.idle.begin()
+        return result if isinstance(result, Failed) else replace(result, waited={self.pool: waited_s, **result.waited})
 
 
 def _row(item: object) -> pa.Table:
@@ -174,9 +205,16 @@ def workers(job: JobSpec) -> int:
     return max(1, int(_cpus()) // job.resources.threads_per_worker)
 
 
+def _preparers(work: Work) -> int:
+    models = 0.0 if _gpus_per_worker(work.job) else workers(work.job) * ACTOR_CPUS
+    return max(1, int(_cpus() * ACTOR_CPUS - models))
+
+
 def _gpus_per_worker(job: JobSpec) -> float:
     wanted = job.resources.gpus_per_worker
-    return (1.0 if _resource("GPU") >= 1 else 0.0) if wanted == "auto" else wanted
+    if wanted != "auto":
+        return wanted
+    return 1.0 if job.resources.device != "cpu" and _resource("GPU") >= 1 else 0.0
 
 
 def _cpus() -> float:
@@ -192,11 +230,17 @@ def _read_tasks(work: Work) -> int:
     return max(1, int(_cpus() * (1 - ACTOR_CPUS) / READ_CPUS))
 
 
-def _tune_context() -> None:
+def _block_bytes(parts: list[Part], count: int) -> int:
+    """What Ray may gather before it hands batches on; a block is never less than a batch."""
+    size_bytes = sum(max(part.size_bytes, (part.rows or 0) * IMAGE_BYTES) for part in parts)
+    return max(1, min(BLOCK_BYTES, size_bytes // (BLOCKS_EACH * count)))
+
+
+def _tune_context(block_bytes: int) -> None:
     warnings.filterwarnings("ignore", message="`ray_remote_args` is deprecated")
     warnings.filterwarnings("ignore", message=r"The (min|max)imum number of concurrent")  # a job of few parts
     context = DataContext.get_current()
-    context.target_max_block_size = BLOCK_BYTES
+    context.target_max_block_size = block_bytes
     context.enable_progress_bars = False
     context.print_on_execution_start = False
     context.execution_no_progress_timeout_s = 24 * 3600  # a GPU queue may be long; our own watchdog looks at parts

@@ -7,13 +7,14 @@
 from __future__ import annotations
 
 import base64
+import hashlib
 import json
 import random
 import re
+import sys
 import time
 import zlib
-from collections.abc import Callable, Iterable, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -22,29 +23,24 @@ import pyarrow.parquet as pq
 
 from pipeline.errors import AccessDenied, AlreadyExists, NotFound, OutcomeUnknown, RunMismatch, StorageError
 from pipeline.plan import Plan, check_same_run, decode_plan, encode_plan, plan_hash
+from pipeline.read.fetch import fetch_in_order
 from pipeline.storage import Entry, Store, join, resolve
+from pipeline.storage.retries import RETRIES
+from pipeline.write import DIGEST_KEY
 
 PLAN, RUN, MANIFEST, REJECTS, SUCCESS = (
     "_plan.parquet", "_run.json", "_manifest.parquet", "_rejects.parquet", "_SUCCESS",
 )  # fmt: skip
 PART_NAME = re.compile(r"model=(?P<model>[^/]+)/part-(?P<index>\d{6,})-(?P<id>[0-9a-f]{16})\.parquet")
+RECORDS = (PLAN, RUN, MANIFEST, REJECTS)
 PUT_TRIES = 8
 
-REJECT_SCHEMA = pa.schema(
-    [
-        ("model", pa.string()), ("part", pa.int32()), ("shard", pa.string()), ("key", pa.string()), ("row", pa.int64()),
-        ("stage", pa.string()), ("reason", pa.string()), ("message", pa.string()), ("offset", pa.int64()),
-    ]
-)  # fmt: skip
-MANIFEST_SCHEMA = pa.schema(
-    [
-        ("file", pa.string()), ("model", pa.string()), ("part", pa.int32()), ("rows_in", pa.int64()),
-        ("rows", pa.int64()), ("rejects", pa.int64()), ("size_bytes", pa.int64()),
-    ]
-)  # fmt: skip
+SEAL = "sha256"  # the name of a record's digest of itself
+METER = "_meter-"  # <session>-<number>.json: what a session had measured by then
+FOOTER_READERS = 16
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Footer:
     """What a part's file says of itself."""
 
@@ -52,7 +48,15 @@ class Footer:
     part_index: int
     rows_in: int
     rows: int
-    rejects: tuple[Mapping[str, Any], ...]
+    packed_rejects: str
+    digest: bytes = b""  # SHA-256 of the file, with zeros in its place
+
+    @property
+    def rejects(self) -> tuple[dict[str, Any], ...]:
+        """Unpacked each time: a driver may hold the footers of very many parts."""
+        if self.rows_in == self.rows:
+            return ()
+        return tuple(json.loads(zlib.decompress(base64.b64decode(self.packed_rejects))))
 
 
 @dataclass(frozen=True)
@@ -91,10 +95,10 @@ class Output:
 
     def record_run(self, record: Mapping[str, Any]) -> dict[str, Any]:
         """Create _run.json, or return the one that is there. Raises RunMismatch where its plan is not this one."""
-        data = json.dumps(record, indent=1, sort_keys=True).encode()
+        data = seal(record)
         if self.put_once(RUN, data) == "done":
             data = self.store.read(join(self.uri, RUN))
-        stored: dict[str, Any] = json.loads(data)
+        stored: dict[str, Any] = {name: value for name, value in json.loads(data).items() if name != SEAL}
         if stored.get("plan_sha256") != record["plan_sha256"]:
             raise RunMismatch(f"{join(self.uri, RUN)} was written for another plan", hint="use another output.uri")
         return stored
@@ -107,11 +111,14 @@ class Output:
         data = self._read(PLAN)
         return None if data is None else decode_plan(data)
 
+    def files(self) -> dict[str, Entry]:
+        """Everything here, by its name below the output's folder. One listing."""
+        start = len(self.uri) + 1
+        return {entry.uri[start:]: entry for entry in self.store.list_files(self.uri)}
+
     def part_files(self) -> dict[str, Entry]:
         """Every file below `model=*/`, by its name below the output's folder. One listing."""
-        start = len(self.uri) + 1
-        entries = ((entry.uri[start:], entry) for entry in self.store.list_files(self.uri))
-        return {name: entry for name, entry in entries if name.startswith("model=") and _visible(name)}
+        return {name: entry for name, entry in self.files().items() if is_part_file(name)}
 
     def put_once(self, name: str, data: bytes) -> Literal["created", "done"]:
         """Create one object, whatever the store answers: `done` when it was there, also when it was we who created
@@ -127,33 +134,41 @@ class Output:
                 raise
             except StorageError as error:
                 last = error.message
+            RETRIES.add("OutcomeUnknown", 0.0)
             time.sleep(random.random() * min(2.0, 0.05 * 2**attempt))
             if self._is_there(uri):
                 return "done"
         raise OutcomeUnknown(f"{uri}: not created after {PUT_TRIES} tries: {last}", hint="run the same command again")
 
-    def finish(self, plan: Plan) -> list[tuple[str, Footer]]:
-        """Gather the footers, each with its model, into the manifest and the rejects. The caller judges them and
-        decides whether _SUCCESS follows. Raises RunMismatch for files of another run."""
-        names = sorted(plan.file_name(model, part) for model in plan.identities for part in plan.parts)
-        files = self.part_files()
-        foreign = sorted(files.keys() - set(names))
-        if foreign:
-            raise RunMismatch(
-                f"{self.uri} holds files of another run: {', '.join(foreign[:3])} ({len(foreign)} in all)",
-                hint="move them away, or use another output.uri",
-            )
-        footers = self.footers([files[name] for name in names])
-        self.put_once(REJECTS, encode_rejects(zip(names, footers, strict=True)))
-        self.put_once(MANIFEST, _encode_manifest(names, files, footers))
-        return [(model_of(name), footer) for name, footer in zip(names, footers, strict=True)]
-
     def succeed(self, totals: Mapping[str, Any]) -> None:
-        self.put_once(SUCCESS, json.dumps(totals, indent=1, sort_keys=True).encode())
+        """With a digest of every record, of which the manifest has one of every part."""
+        self.put_once(SUCCESS, seal({**totals, "files": self.digests(RECORDS)}))
 
-    def footers(self, entries: Iterable[Entry]) -> list[Footer]:
-        with ThreadPoolExecutor(16) as pool:
-            return list(pool.map(lambda entry: read_footer(self.store, entry), entries))
+    def digests(self, names: Iterable[str]) -> dict[str, str]:
+        """SHA-256 of the files of these names that are there."""
+        found = {name: self._read(name) for name in names}
+        return {name: hashlib.sha256(data).hexdigest() for name, data in found.items() if data is not None}
+
+    def success(self) -> dict[str, Any] | None:
+        """The totals of a job that has ended well."""
+        data = self._read(SUCCESS)
+        return None if data is None else json.loads(data)
+
+    def last_meter(self, names: Iterable[str]) -> dict[str, Any]:
+        """What the last session that worked here has measured, of these names in the output; {} where none has."""
+        last = max((name for name in names if name.startswith(METER)), default=None)
+        data = None if last is None else self._read(last)
+        return {} if data is None else json.loads(data)
+
+    def footers(
+        self, names: Iterable[str], files: Mapping[str, Entry], known: Mapping[str, Footer] | None = None
+    ) -> Iterator[tuple[str, Footer]]:
+        """Each file's footer, in the order of the names; a few at a time are read of those that are not known."""
+        names, known = list(names), known or {}
+        missing = (name for name in names if name not in known)
+        fetched = fetch_in_order(missing, lambda name: read_footer(self.store, files[name]), FOOTER_READERS)
+        for name in names:
+            yield name, known[name] if name in known else next(fetched)[1]
 
     def _read(self, name: str) -> bytes | None:
         try:
@@ -168,7 +183,7 @@ class Output:
             return False
 
     def _refuse_foreign_files(self) -> None:
-        files = self.part_files()
+        files = self.part_files()  # cheap in the ordinary case: an empty folder
         if files:
             raise RunMismatch(
                 f"{self.uri} holds {len(files)} result files but no {PLAN}: it is not an output that can be resumed",
@@ -198,7 +213,9 @@ def read_footer(store: Store, entry: Entry) -> Footer:
     if needed > tail_bytes:
         data = store.read(entry.uri, entry.size_bytes - needed, entry.size_bytes)
     try:
-        return parse_footer(pq.read_metadata(pa.BufferReader(data)))
+        footer = parse_footer(pq.read_metadata(pa.BufferReader(data)))
+        _ = footer.rejects  # damage there is this file's, and told here
+        return footer
     except (pa.ArrowException, KeyError, ValueError, zlib.error) as error:
         raise StorageError(f"{entry.uri}: its footer cannot be read: {error}") from None
 
@@ -206,37 +223,39 @@ def read_footer(store: Store, entry: Entry) -> Footer:
 def parse_footer(metadata: pq.FileMetaData) -> Footer:
     said = metadata.metadata
     return Footer(
-        identity=said[b"img2parquet.identity"].decode(),
+        identity=sys.intern(said[b"img2parquet.identity"].decode()),  # one for each model, not for each part
         part_index=json.loads(said[b"img2parquet.part"])["index"],
         rows_in=int(said[b"img2parquet.rows_in"]),
         rows=metadata.num_rows,
-        rejects=tuple(json.loads(zlib.decompress(base64.b64decode(said[b"img2parquet.rejects"])))),
+        packed_rejects=said[b"img2parquet.rejects"].decode(),
+        digest=bytes.fromhex(said[DIGEST_KEY].decode().removeprefix("sha256:")),
     )
 
 
-def encode_rejects(parts: Iterable[tuple[str, Footer]]) -> bytes:
-    rows = []
-    for name, footer in parts:
-        model = model_of(name)
-        rows += [{"model": model, "part": footer.part_index, **reject} for reject in footer.rejects]
-    return _parquet(pa.Table.from_pylist(rows, schema=REJECT_SCHEMA))
+def seal(values: Mapping[str, Any]) -> bytes:
+    """A record as JSON, with a digest of the rest of itself."""
+    digest = hashlib.sha256(_json(values)).hexdigest()
+    return _json({**values, SEAL: digest})
 
 
-def _encode_manifest(names: list[str], files: Mapping[str, Entry], footers: list[Footer]) -> bytes:
-    rows = [
-        {"file": name, "model": model_of(name), "part": footer.part_index,
-         "rows_in": footer.rows_in, "rows": footer.rows, "rejects": len(footer.rejects),
-         "size_bytes": files[name].size_bytes}
-        for name, footer in zip(names, footers, strict=True)
-    ]  # fmt: skip
-    return _parquet(pa.Table.from_pylist(rows, schema=MANIFEST_SCHEMA))
+def is_sealed(data: bytes) -> bool:
+    """Whether a record is the one that was written, to the last byte."""
+    try:
+        values = json.loads(data)
+        return bool(seal({name: value for name, value in values.items() if name != SEAL}) == data)
+    except (ValueError, AttributeError, RecursionError):
+        return False
 
 
-def _parquet(table: pa.Table) -> bytes:
-    sink = pa.BufferOutputStream()
-    pq.write_table(table, sink, compression="zstd")
-    return bytes(sink.getvalue())
+def _json(values: Mapping[str, Any]) -> bytes:
+    return json.dumps(values, indent=1, sort_keys=True).encode()
 
 
-def _visible(name: str) -> bool:
+def is_part_file(name: str) -> bool:
+    """Whether readers see it in a partition."""
+    return name.startswith("model=") and is_visible(name)
+
+
+def is_visible(name: str) -> bool:
+    """Whether readers of the whole folder see it: no part of its name is hidden."""
     return not any(segment.startswith((".", "_")) for segment in name.split("/"))

@@ -1,50 +1,25 @@
-"""A job from start to end: plan, runner, gather, commit, finish. The driver alone commits."""
+"""A job from start to end: plan, session, finish. The driver alone commits."""
 
 from __future__ import annotations
 
 import time
-from collections import Counter
-from collections.abc import Callable, Iterator
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from types import ModuleType
 from typing import Any, Literal
 
-from pipeline.batch import Embedded, Failed, Work
-from pipeline.commit import Footer, Output
-from pipeline.errors import JobError, JobFailed, RejectLimitExceeded, StorageError, nearest
+from pipeline.batch import Work
+from pipeline.commit import Output
+from pipeline.errors import JobError, RejectLimitExceeded, nearest
+from pipeline.finish import finish, stored_totals
 from pipeline.job import JobSpec
 from pipeline.losses import mean_losses
 from pipeline.plan import Plan, identities, make_plan, most_rows
 from pipeline.probe import Probe
-from pipeline.schema import Part
+from pipeline.session import Session, Tally
 from pipeline.storage import Store
-from pipeline.write import EncodedPart, Gathering, encode_part
 
 RUNNERS = ("ray", "local")
-COMMIT_THREADS = 4
-MAX_PARTS_TO_COMMIT = 8  # encoded or being encoded; the stream waits for them, so the driver's memory is bounded
-
-
-@dataclass
-class Tally:
-    """What a run has done so far; `on_change` is called with it whenever it changes."""
-
-    output_uri: str
-    parts: int = 0
-    parts_done_before: int = 0
-    parts_committed: int = 0
-    rows_planned: int | None = None
-    rows_in: int = 0  # of this session
-    rows_rejected: int = 0
-    step_seconds: Counter[str] = field(default_factory=Counter)  # summed over workers
-    started: float = field(default_factory=time.monotonic)
-    working_since: float = 0.0
-
-    @property
-    def images_per_s(self) -> float:
-        seconds = time.monotonic() - self.working_since
-        return self.rows_in / seconds if self.working_since and seconds > 0 else 0.0
 
 
 @dataclass(frozen=True)
@@ -60,7 +35,8 @@ class Summary:
     rejected: dict[str, int]  # images, by reason; an image that several models rejected counts once
     seconds: float
     images_per_s: float
-    step_seconds: dict[str, float]
+    bottleneck: str = ""  # what held this session up and what would help; `` where there was nothing to do
+    meter: dict[str, Any] = field(default_factory=dict)  # this session's stages, as in the manifest's metadata
     losses: dict[str, float | None] = field(default_factory=dict)  # `model.column` -> mean over rows that have one
 
 
@@ -76,8 +52,9 @@ def run(
     Raises UserError before anything is read, JobFailed when parts could not be done, RejectLimitExceeded after
     committing what is good, StorageError when the output cannot be written."""
     module = _runner(runner)
-    probe: Probe = module.start(job, address) if runner == "ray" else module.start(job)
     output = Output.at(job.output.uri, Store(job.output.storage_options))
+    asked = _as_begun(job, output)
+    probe: Probe = module.start(asked, address) if runner == "ray" else module.start(asked)
     ids = identities(job, probe.cards, probe.dtype)
     plan, digest = output.begin(ids, lambda: make_plan(job, probe.cards, probe.dtype))
     record = output.record_run(_record(job, plan, digest, probe))
@@ -90,9 +67,18 @@ def run(
         threads=record["threads_per_worker"],
         most_rows=most_rows(job, probe.cards),
     )
-    session = _Session(output, plan, work, on_change)
+    session, totals = _begin(output, plan, work, on_change)
     session.run(module)
-    return _finish(job, output, plan, session.tally)
+    return _finish(job, session, totals)
+
+
+def _as_begun(job: JobSpec, output: Output) -> JobSpec:
+    """With the batch size that the run here has recorded, so that a resumed job does not try sizes again."""
+    record = output.run_record() if job.resources.batch_size == "auto" else None
+    if record is None:
+        return job
+    resources = job.resources.model_copy(update={"batch_size": record["batch_size"]})
+    return job.model_copy(update={"resources": resources})
 
 
 def _runner(name: str) -> ModuleType:
@@ -123,94 +109,21 @@ def _record(job: JobSpec, plan: Plan, digest: str, probe: Probe) -> dict[str, An
     }
 
 
-class _Session:
-    """What this call does: the runner's results gathered by part, whole parts committed by a few threads."""
-
-    def __init__(self, output: Output, plan: Plan, work: Work, on_change: Callable[[Tally], None]) -> None:
-        self.output, self.plan, self.work, self.on_change = output, plan, work, on_change
-        self.files = output.part_files()
-        self.pending = [part for part in plan.parts if self._models_left(part)]
-        done = len(plan.parts) - len(self.pending)
-        self.tally = Tally(output.uri, len(plan.parts), done, rows_planned=plan.rows)
-        self.gathering: dict[int, Gathering] = {}
-        self.failed: dict[int, str] = {}
-
-    def _models_left(self, part: Part) -> list[str]:
-        return [name for name in self.plan.identities if self.plan.file_name(name, part) not in self.files]
-
-    def run(self, runner: ModuleType) -> None:
-        self.on_change(self.tally)
-        if not self.pending:
-            return
-        self.output.check_store()
-        commits: set[Future[None]] = set()
-        with ThreadPoolExecutor(COMMIT_THREADS, "img2parquet-commit") as pool:
-            for whole in self._whole_parts(runner.stream(self.pending, self.work)):
-                if len(commits) >= MAX_PARTS_TO_COMMIT:
-                    finished, commits = wait(commits, return_when=FIRST_COMPLETED)
-                    self._settle(finished)
-                commits.add(pool.submit(self._commit, whole))
-            self._settle(commits)
-        if self.failed:
-            raise self._failure()
-
-    def _whole_parts(self, results: Iterator[Embedded | Failed]) -> Iterator[Gathering]:
-        parts = {part.index: part for part in self.pending}
-        self.tally.working_since = time.monotonic()
-        for result in results:
-            if isinstance(result, Failed):
-                self.failed[result.part_index] = result.message
-                self.gathering.pop(result.part_index, None)
-                continue
-            if result.part_index in self.failed:
-                continue
-            gathering = self.gathering.setdefault(result.part_index, Gathering(parts[result.part_index]))
-            gathering.add(result, self.work.batch_size)
-            self._count(result)
-            if gathering.is_whole:
-                yield self.gathering.pop(result.part_index)
-
-    def _count(self, result: Embedded) -> None:
-        self.tally.rows_in += result.images
-        self.tally.rows_rejected += len(_images(result))
-        self.tally.step_seconds.update(result.seconds)
-        self.on_change(self.tally)
-
-    def _commit(self, gathering: Gathering) -> None:
-        """Encode and create a part's file of every model that lacks it."""
-        for name in self._models_left(gathering.part):
-            encoded = self._encode(name, gathering)
-            self.output.put_once(self.plan.file_name(name, gathering.part), encoded.data)
-        self.tally.parts_committed += 1
-        self.on_change(self.tally)
-
-    def _encode(self, model: str, gathering: Gathering) -> EncodedPart:
-        identity = self.plan.identity(model)
-        return encode_part(gathering.part, model, identity, gathering.in_order(), self.plan.identities[model])
-
-    def _settle(self, futures: set[Future[None]]) -> None:
-        for future in futures:
-            future.result()
-
-    def _failure(self) -> JobFailed:
-        shown = [f"  part {index}: {message}" for index, message in sorted(self.failed.items())[:5]]
-        more = f"\n  and {len(self.failed) - 5} more" if len(self.failed) > 5 else ""
-        return JobFailed(
-            f"{len(self.failed)} of {len(self.plan.parts)} parts could not be done:\n" + "\n".join(shown) + more,
-            hint="the other parts are committed; run the same command again to do what is left",
-        )
+def _begin(
+    output: Output, plan: Plan, work: Work, on_change: Callable[[Tally], None]
+) -> tuple[Session, dict[str, Any] | None]:
+    """What is left, from one listing; and the totals, where nothing is left and all that is derived is there too."""
+    files = output.files()
+    session = Session(output, plan, work, files, on_change)
+    return session, None if session.left else stored_totals(output, plan, files)
 
 
-def _images(result: Embedded) -> set[int]:
-    """Source rows that at least one model rejected."""
-    return {reject.row for rejects in result.rejects.values() for reject in rejects}
-
-
-def _finish(job: JobSpec, output: Output, plan: Plan, tally: Tally) -> Summary:
+def _finish(job: JobSpec, session: Session, stored: dict[str, Any] | None) -> Summary:
     """Gather, judge the rejects, and mark the output as complete. Raises RejectLimitExceeded."""
-    totals = _totals(plan, output.finish(plan))
-    losses = mean_losses(job, output, plan)
-    seconds = time.monotonic() - tally.started
+    output, plan, tally, meter = session.output, session.plan, session.tally, session.report
+    images_per_s = tally.images_per_s
+    totals = stored or finish(output, plan, session.footers, meter)
+    losses = totals.get("losses", {}) if stored else mean_losses(job, output, plan)
     summary = Summary(
         output_uri=output.uri,
         models=tuple(plan.identities),
@@ -219,11 +132,19 @@ def _finish(job: JobSpec, output: Output, plan: Plan, tally: Tally) -> Summary:
         rows_in=totals["rows_in"],
         rows_written=totals["rows_written"],
         rejected=totals["rejected"],
-        seconds=seconds,
-        images_per_s=tally.rows_in / max(time.monotonic() - tally.working_since, 1e-9) if tally.rows_in else 0.0,
-        step_seconds=dict(tally.step_seconds),
+        seconds=time.monotonic() - tally.started,
+        images_per_s=images_per_s,
+        bottleneck=meter.get("bottleneck", ""),
+        meter=meter,
         losses=losses,
     )
+    _judge(job, output, totals)
+    if not stored:
+        output.succeed({**totals, "losses": losses} if losses else totals)
+    return summary
+
+
+def _judge(job: JobSpec, output: Output, totals: Mapping[str, Any]) -> None:
     rejected = sum(totals["rejected"].values())
     if rejected > job.reject_limit * totals["rows_in"]:
         by_reason = ", ".join(f"{reason} {count}" for reason, count in totals["rejected"].items())
@@ -233,25 +154,3 @@ def _finish(job: JobSpec, output: Output, plan: Plan, tally: Tally) -> Summary:
             hint=f"what was good is committed; look at `img2parquet rejects {output.uri}`, "
             "and run again with a higher --set reject_limit=... to accept it",
         )
-    output.succeed({**totals, "losses": losses} if losses else totals)
-    return summary
-
-
-def _totals(plan: Plan, footers: list[tuple[str, Footer]]) -> dict[str, Any]:
-    """Counts over the whole output, from each file's footer and the model that it belongs to."""
-    written: Counter[str] = Counter()
-    reasons: dict[tuple[int, int], str] = {}
-    rows_in: dict[int, int] = {}
-    for name, footer in footers:
-        written[name] += footer.rows
-        if rows_in.setdefault(footer.part_index, footer.rows_in) != footer.rows_in:
-            raise StorageError(f"part {footer.part_index}: its models do not agree on how many rows came in")
-        for reject in footer.rejects:
-            reasons.setdefault((footer.part_index, reject["row"]), reject["reason"])
-    by_reason = dict(sorted(Counter(reasons.values()).items(), key=lambda item: (-item[1], item[0])))
-    return {
-        "parts": len(plan.parts),
-        "rows_in": sum(rows_in.values()),
-        "rows_written": dict(written),
-        "rejected": by_reason,
-    }

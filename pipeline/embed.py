@@ -14,22 +14,24 @@ import time
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from functools import partial
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
 from pipeline.batch import Batch, Crops, Embedded, Failed, Prepared, Work
-from pipeline.decode import decode
+from pipeline.decode import DecodePolicy, Shrink, decode
+from pipeline.device import Device, Lane, open_device
 from pipeline.errors import PartFailed
+from pipeline.forward import Forward
 from pipeline.job import JobSpec, ModelJob
+from pipeline.meter import Spent
 from pipeline.models import Card
 from pipeline.outputs import BatchRows
 from pipeline.preprocess import Preprocessor
 from pipeline.schema import RESERVED_COLUMNS, Bad, Pixels, Reject, Row
-
-if TYPE_CHECKING:
-    from pipeline.models.model import Model
+from pipeline.shrink import shrink_for
 
 
 class Preparer:
@@ -37,66 +39,97 @@ class Preparer:
 
     def __init__(self, work: Work) -> None:
         self.policy = work.job.decode.policy()
-        geometries = {card.preprocess.geometry for card in work.cards.values()}
-        self.croppers = {geometry: Preprocessor(geometry) for geometry in geometries}
+        geometries = tuple({card.preprocess.geometry for card in work.cards.values()})
+        self.croppers = [Preprocessor(geometry) for geometry in geometries]
+        self.shrink = partial(shrink_for, geometries) if work.job.preprocess == "fast" else None
 
     def __call__(self, batch: Batch) -> Prepared:
-        started = time.perf_counter()
-        good: list[tuple[Row, Pixels]] = []
-        rejects = list(batch.rejects)
+        rows, sizes_HW, rejects = list[Row](), list[tuple[int, int]](), list(batch.rejects)
+        cropping = [_Cropping(cropper, len(batch.rows)) for cropper in self.croppers]
+        started, decoder = time.perf_counter(), _Decoding(self.policy, self.shrink)
         for row in batch.rows:
-            pixels = decode(row.image, self.policy)
+            pixels = decoder(row)
             if isinstance(pixels, Bad):
                 rejects.append(_reject(row, "decode", pixels))
-            else:
-                warnings = (*row.warnings, *pixels.warnings)
-                good.append((replace(row, image=b"", warnings=warnings), pixels))
-        decoded = time.perf_counter()
-        crops = {geometry: self._crop(cropper, good) for geometry, cropper in self.croppers.items()}
+                continue
+            for crops in cropping:  # at once, while the pixels are in the processor's cache; then they are let go
+                crops.add(len(rows), row, pixels)
+            rows.append(replace(row, image=b"", warnings=(*row.warnings, *pixels.warnings)))
+            sizes_HW.append((pixels.height, pixels.width))
+        made = {crops.cropper.settings: crops.made() for crops in cropping}
+        preprocess_s = time.perf_counter() - started - decoder.seconds
         return Prepared(
             part_index=batch.part_index,
             k=batch.k,
-            rows=tuple(row for row, _ in good),
-            sizes_HW=tuple((pixels.height, pixels.width) for _, pixels in good),
+            rows=tuple(rows),
+            sizes_HW=tuple(sizes_HW),
             rejects=tuple(rejects),
-            crops=crops,
+            crops=made,
             rows_in=batch.rows_in,
-            seconds={"decode": decoded - started, "preprocess": time.perf_counter() - decoded},
+            spent={
+                **batch.spent,
+                "decode": Spent(decoder.seconds, len(rows), decoder.size_bytes),
+                "preprocess": Spent(
+                    preprocess_s,
+                    sum(len(crops.kept) for crops in made.values()),
+                    sum(crops.pixels_BHWC.nbytes for crops in made.values()),
+                ),
+            },
         )
 
-    def _crop(self, cropper: Preprocessor, good: Sequence[tuple[Row, Pixels]]) -> Crops:
-        made = [cropper(pixels) for _, pixels in good]
-        kept = tuple(i for i, crop in enumerate(made) if not isinstance(crop, Bad))
-        arrays = [crop for crop in made if not isinstance(crop, Bad)]
-        pixels_BHWC = np.stack(arrays) if arrays else np.empty((0, *cropper.settings.size_HW, 3), np.uint8)
-        rejects = tuple(
-            _reject(row, "preprocess", crop) for (row, _), crop in zip(good, made, strict=True) if isinstance(crop, Bad)
-        )
-        return Crops(kept, pixels_BHWC, rejects)
+
+class _Decoding:
+    """A batch's decoder, which knows how long it took and how many bytes it gave."""
+
+    def __init__(self, policy: DecodePolicy, shrink: Shrink | None) -> None:
+        self.policy, self.shrink, self.seconds, self.size_bytes = policy, shrink, 0.0, 0
+
+    def __call__(self, row: Row) -> Pixels | Bad:
+        started = time.perf_counter()
+        pixels = decode(row.image, self.policy, self.shrink)
+        self.seconds += time.perf_counter() - started
+        self.size_bytes += 0 if isinstance(pixels, Bad) else pixels.rgb_HWC.nbytes
+        return pixels
+
+
+class _Cropping:
+    """A batch's crops of one geometry, each made where it stays."""
+
+    def __init__(self, cropper: Preprocessor, most: int) -> None:
+        self.cropper, self.kept, self.rejects = cropper, list[int](), list[Reject]()
+        self.pixels_BHWC = np.empty((most, *cropper.settings.size_HW, 3), np.uint8)
+
+    def add(self, index: int, row: Row, pixels: Pixels) -> None:
+        crop = self.cropper(pixels, out=self.pixels_BHWC[len(self.kept)])
+        if isinstance(crop, Bad):
+            self.rejects.append(_reject(row, "preprocess", crop))
+        else:
+            self.kept.append(index)
+
+    def made(self) -> Crops:
+        return Crops(tuple(self.kept), self.pixels_BHWC[: len(self.kept)], tuple(self.rejects))
 
 
 class Embedder:
-    """The models, loaded once; then one batch after the other through backbones and outputs."""
+    """The models, loaded once; then batches through backbones and outputs. Threads may share it: on a GPU they have
+    to, for one batch's encoding to overlap with the next one's computing."""
 
-    def __init__(self, work: Work) -> None:
+    def __init__(self, work: Work, device: Device | None = None) -> None:
         from pipeline.models import load_model
 
         keep_freed_memory()
-        self.work = work
-        self.models: list[tuple[ModelJob, Model]] = [
-            (
-                wanted,
-                load_model(
-                    wanted.model,
-                    name=wanted.name,
-                    dtype=work.dtype,
-                    device=work.device,
-                    image_size=wanted.image_size,
-                    weights=wanted.weights,
-                ),
+        self.work, self.device = work, device or open_device(work.device)
+        self.models: list[tuple[ModelJob, Forward]] = []
+        for wanted in work.job.models:
+            model = load_model(
+                wanted.model,
+                name=wanted.name,
+                dtype=work.dtype,
+                device=work.device,
+                image_size=wanted.image_size,
+                weights=wanted.weights,
             )
-            for wanted in work.job.models
-        ]
+            self.models.append((wanted, Forward(model, wanted.outputs, work.batch_size, self.device)))
 
     def __call__(self, prepared: Prepared) -> Embedded | Failed:
         try:
@@ -110,17 +143,35 @@ class Embedder:
         # a setting of the calling thread; with another count the last bits of a sum may differ
         torch.set_num_threads(self.work.threads)
         started = time.perf_counter()
-        tables, rejects = {}, {}
-        for wanted, model in self.models:
-            crops = prepared.crops[model.card.preprocess.geometry]
-            tables[wanted.name] = self._embed(wanted, model, prepared, crops)
-            rejects[wanted.name] = prepared.rejects + crops.rejects
-        seconds = {**prepared.seconds, "embed": time.perf_counter() - started}
-        return Embedded(prepared.part_index, prepared.k, tables, rejects, prepared.rows_in, seconds)
+        with self.device.lane() as lane:
+            tables, clock = self._tables(prepared, lane), lane.clock
+        while tables is None:  # memory ran out: again, in halves, and without other batches beside it
+            with self.device.alone() as lane:
+                tables, clock = self._tables(prepared, lane), lane.clock
+        busy_s, waited = time.perf_counter() - started, dict(prepared.waited)
+        if clock:  # only the device knows when it was busy, and that it waited: threads wait for it
+            busy_s, waited["models"] = clock.busy_s, clock.idle_s
+        rejects = {
+            wanted.name: prepared.rejects + self._crops(forward, prepared).rejects for wanted, forward in self.models
+        }
+        rows, size_bytes = sum(table.num_rows for table in tables.values()), sum(t.nbytes for t in tables.values())
+        spent = {**prepared.spent, "embed": Spent(busy_s, rows, size_bytes)}
+        if clock and (clock.trying_s or clock.replayed):
+            spent["graphs"] = Spent(clock.trying_s, clock.replayed)
+        return Embedded(prepared.part_index, prepared.k, tables, rejects, prepared.rows_in, spent, waited)
 
-    def _embed(self, wanted: ModelJob, model: Model, prepared: Prepared, crops: Crops) -> pa.Table:
-        """The result rows of one model, in source order."""
-        schema = result_schema(self.work.job, wanted, model.card)
+    def _tables(self, prepared: Prepared, lane: Lane) -> dict[str, pa.Table] | None:
+        """The result rows of each model, in source order; None where memory ran out."""
+        tables = {}
+        for wanted, forward in self.models:
+            table = self._embed(wanted, forward, prepared, lane)
+            if table is None:
+                return None
+            tables[wanted.name] = table
+        return tables
+
+    def _embed(self, wanted: ModelJob, forward: Forward, prepared: Prepared, lane: Lane) -> pa.Table | None:
+        schema, crops = result_schema(self.work.job, wanted, forward.model.card), self._crops(forward, prepared)
         if not crops.kept:
             return schema.empty_table()
         rows = [prepared.rows[i] for i in crops.kept]
@@ -131,8 +182,13 @@ class Embedder:
             sizes_HW=sizes_HW,
             passthrough={name: [row.passthrough.get(name) for row in rows] for name in kept.names},
         )
-        arrays = _output_columns(wanted, model, crops, about)
-        return pa.Table.from_arrays([*_base_columns(rows, sizes_HW, kept), *arrays], schema=schema)
+        arrays = forward.columns(lane, crops.pixels_BHWC, about)
+        if arrays is None:
+            return None
+        return _in_arrow_memory(pa.Table.from_arrays([*_base_columns(rows, sizes_HW, kept), *arrays], schema=schema))
+
+    def _crops(self, forward: Forward, prepared: Prepared) -> Crops:
+        return prepared.crops[forward.model.card.preprocess.geometry]
 
 
 def keep_freed_memory() -> None:
@@ -146,24 +202,21 @@ def keep_freed_memory() -> None:
         mallopt(top_pad, 64 << 20)
 
 
-def _output_columns(wanted: ModelJob, model: Model, crops: Crops, about: BatchRows) -> list[pa.Array]:
-    """The outputs' columns, from one forward pass; an output that changes what the model sees (a mask) has its own."""
-    card, inputs = model.card, [output.inputs(model.card, about) for output in wanted.outputs]
-    pairs = list(zip(wanted.outputs, inputs, strict=True))
-    wants = frozenset[str]().union(*(output.wants(card) for output, own in pairs if not own))
-    shared = model.forward_pixels(crops.pixels_BHWC, wants) if wants else {}
-    arrays = []
-    for output, own in pairs:
-        features = model.forward_pixels(crops.pixels_BHWC, output.wants(card), **own) if own else shared
-        arrays += output.columns(card, features, about)
-    return arrays
-
-
 def result_schema(job: JobSpec, model: ModelJob, card: Card) -> pa.Schema:
     """Columns of a result row: key, shard, width, height, warnings, the passthrough columns, the outputs'."""
     base = [pa.field(name, type_, nullable=False) for name, (type_, _) in RESERVED_COLUMNS.items()]
     outputs = [column for output in model.outputs for column in output.fields(card)]
     return pa.schema([*base, *job.input.passthrough(), *outputs])
+
+
+def _in_arrow_memory(table: pa.Table) -> pa.Table:
+    """A copy whose buffers Arrow allocated. Columns may lie where torch put them, among the blocks of a forward pass;
+    held until their part is whole, they would keep glibc from joining those again, and each batch would take new
+    memory (20 MB of it at 224 px: ten gigabytes before a part of 16,384 rows was done)."""
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, table.schema) as writer:
+        writer.write_table(table)
+    return pa.ipc.open_stream(sink.getvalue()).read_all()
 
 
 def _base_columns(rows: Sequence[Row], sizes_HW: Sequence[tuple[int, int]], kept: pa.Schema) -> list[pa.Array]:

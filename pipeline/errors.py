@@ -13,6 +13,7 @@ Img2ParquetError
 ├── StorageError                  the store said no, or nothing; exit 1
 │   ├── NotFound
 │   ├── AccessDenied
+│   │   └── PrivateAddress        a server or a list sends us where only the user may
 │   ├── AlreadyExists             somebody created this object before us
 │   └── OutcomeUnknown            we cannot know whether the store did it
 ├── PartFailed                    one part cannot be done now; the others go on; exit 1
@@ -100,6 +101,10 @@ class AccessDenied(StorageError):
     pass
 
 
+class PrivateAddress(AccessDenied):
+    pass
+
+
 class AlreadyExists(StorageError):
     pass
 
@@ -118,6 +123,13 @@ class JobFailed(Img2ParquetError):
 
 class RejectLimitExceeded(Img2ParquetError):
     pass
+
+
+def printable(text: str) -> str:
+    """Text that holds words of others, fit for a terminal: control characters, marks that turn the direction of writing
+    and what else is not seen are spelled out; a line feed stays."""
+    letters = (x if x.isprintable() or x == "\n" else x.encode("unicode_escape").decode() for x in text)
+    return text if text.isprintable() else "".join(letters)
 
 
 def nearest(word: str, known: Iterable[str]) -> str:

@@ -11,16 +11,26 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Union
 
 import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_serializer,
+    field_validator,
+    model_validator,
+)
 
-from pipeline import decode, preprocess
+from pipeline import decode, preprocess, shrink
 from pipeline.errors import JobError, nearest
+from pipeline.gpus import Device
 from pipeline.models import Card
 from pipeline.outputs import OUTPUTS, Output
 from pipeline.read import SOURCES, Source
 from pipeline.read.settings import StorageOptions
 from pipeline.schema import RESERVED_COLUMNS
-from pipeline.storage import resolve
+from pipeline.storage import holds_secret, name_of, redact, resolve
 
 RESULT_VERSION = 1  # raised by hand when the same job would give other numbers
 
@@ -66,7 +76,7 @@ class ModelJob(Settings):
     @classmethod
     def _default_name(cls, values: Any) -> Any:
         if isinstance(values, dict) and not values.get("name") and isinstance(values.get("model"), str):
-            last = values["model"].rstrip("/").split("/")[-1]
+            last = name_of(values["model"]).rstrip("/").split("/")[-1]
             return {**values, "name": last.split("@")[0].split(":")[-1]}
         return values
 
@@ -75,6 +85,10 @@ class ModelJob(Settings):
     def _make_absolute(cls, model: str) -> str:
         """A worker may run in another folder than the command that was given a relative path."""
         return resolve(model) if Path(model).is_dir() else model
+
+    @field_serializer("model")
+    def _without_secrets(self, model: str) -> str:
+        return name_of(model)
 
     @model_validator(mode="after")
     def _check(self) -> ModelJob:
@@ -92,10 +106,17 @@ class ModelJob(Settings):
         return self
 
 
+def _plain_uri(uri: str) -> str:
+    """It is printed, and recorded: unlike an input's, an output's URI holds nothing but a name."""
+    if holds_secret(uri):
+        raise ValueError(f"{redact(uri)} holds a login or a signature; credentials come from the environment")
+    return resolve(uri)
+
+
 class OutputJob(Settings):
     """Where results go, and how they are cut."""
 
-    uri: Annotated[str, AfterValidator(resolve)] = Field(
+    uri: Annotated[str, AfterValidator(_plain_uri)] = Field(
         min_length=1, description="Folder or prefix of the results: a path, or a URI such as s3://bucket/prefix"
     )
     rows_per_part: int = Field(default=16_384, ge=1, description="At most so many images in one part file")
@@ -123,6 +144,10 @@ class Resources(Settings):
     threads_per_worker: int = Field(default=1, ge=1, description="Threads of one worker's matrix products")
     batch_size: int | Literal["auto"] = Field(default="auto", description="Images per forward pass")
     gpus_per_worker: float | Literal["auto"] = Field(default="auto", ge=0, description="GPUs of one Ray actor")
+    device: Device = Field(
+        default="auto",
+        description="auto: GPUs where there are any, and an error where they could not be used; cpu: leave them idle",
+    )
 
 
 class JobSpec(Settings):
@@ -131,8 +156,10 @@ class JobSpec(Settings):
     input: AnySource = Field(description="Where the images are")
     models: tuple[ModelJob, ...] = Field(min_length=1, description="Backbones, each with its outputs")
     output: OutputJob = Field(description="Where the results go")
-    preprocess: Literal["exact"] = Field(
-        default="exact", description="exact: pixels equal the checkpoint's own processor to the last uint8"
+    preprocess: Literal["exact", "fast"] = Field(
+        default="exact",
+        description="exact: pixels equal the checkpoint's own processor to the last uint8; fast: large JPEGs are "
+        "decoded at 1/2 or 1/4 while twice the resize's size is left",
     )
     decode: DecodeJob = Field(default=DecodeJob(), description="Policy for EXIF, alpha, size and damage")
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
@@ -261,14 +288,17 @@ def json_schema() -> dict[str, Any]:
 PLACES_AND_SPEED = {"uris", "storage_options", "shards_per_part", "split_above_bytes"}  # of an input: not its result
 
 
-def identity(job: JobSpec, model: ModelJob, card: Card, dtype: str) -> dict[str, Any]:
-    """Everything that changes this model's rows, as resolved: what two runs must share to be the same run."""
+def identity(job: JobSpec, model: ModelJob, card: Card, dtype: str, beside: Iterable[Card] = ()) -> dict[str, Any]:
+    """Everything that changes this model's rows, as resolved: what two runs must share to be the same run.
+
+    beside: the cards of the job's models; with `preprocess: fast` they decide together how images are decoded."""
+    fast = {"shrink": shrink.describe([one.preprocess for one in (card, *beside)])} if job.preprocess == "fast" else {}
     return {
         "result_version": RESULT_VERSION,
         "family": card.family,
         "weights": card.weights_hash,
         "config": json.loads(json.dumps(card.config, sort_keys=True, default=str)),
-        "preprocess": {"mode": job.preprocess, **preprocess.describe(card.preprocess)},
+        "preprocess": {"mode": job.preprocess, **preprocess.describe(card.preprocess), **fast},
         "decode": decode.describe(job.decode.policy()),
         "input": _plain(job.input, exclude=PLACES_AND_SPEED),
         "outputs": [_plain(output) for output in model.outputs],

@@ -8,10 +8,12 @@ import threading
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 
 from pipeline.batch import Batch, Embedded, Failed, Work, cut
 from pipeline.embed import Embedder, Preparer
 from pipeline.job import JobSpec
+from pipeline.meter import Idle
 from pipeline.probe import Probe, probe
 from pipeline.schema import Part
 
@@ -26,18 +28,47 @@ def workers(job: JobSpec) -> int:
     return max(1, len(os.sched_getaffinity(0)) // job.resources.threads_per_worker) if wanted == "auto" else wanted
 
 
+def pools(work: Work) -> dict[str, int]:
+    """How many work at once, by what they do: for the meter."""
+    count = workers(work.job)
+    return {"readers": 1, "workers": count} if work.device == "cpu" else {"readers": 1, "preparers": count, "models": 1}
+
+
 def stream(parts: Iterable[Part], work: Work) -> Iterator[Embedded | Failed]:
     """Results in the order of their batches; at most three batches per worker are in memory at any time."""
     count = workers(work.job)
-    prepare, embed = Preparer(work), Embedder(work)
+    step = _Step(work)
     waiting: deque[Future[Embedded | Failed] | Failed] = deque()
     with _Reader(parts, work, depth=count) as batches, ThreadPoolExecutor(count, "img2parquet-worker") as pool:
         for batch in batches:
-            waiting.append(batch if isinstance(batch, Failed) else pool.submit(lambda b: embed(prepare(b)), batch))
+            waiting.append(batch if isinstance(batch, Failed) else pool.submit(step, batch))
             if len(waiting) >= 2 * count:
                 yield _result(waiting.popleft())
         while waiting:
             yield _result(waiting.popleft())
+
+
+class _Step:
+    """A batch prepared and embedded. The threads share the models; each has its own clock.
+
+    A GPU has its clock itself, and a thread that waits for it waits as it does for its next batch."""
+
+    def __init__(self, work: Work) -> None:
+        self.prepare, self.embed, self.threads = Preparer(work), Embedder(work), threading.local()
+        self.pool = "workers" if work.device == "cpu" else "preparers"
+
+    def __call__(self, batch: Batch) -> Embedded | Failed:
+        idle: Idle = self.threads.__dict__.setdefault("idle", Idle())
+        waited_s = idle.end()
+        prepared = self.prepare(batch)
+        if self.pool == "preparers":
+            idle.begin()
+        result = self.embed(prepared)
+        if self.pool == "workers":
+            idle.begin()
+        return (
+            replace(result, waited={**result.waited, self.pool: waited_s}) if isinstance(result, Embedded) else result
+        )
 
 
 def _result(item: Future[Embedded | Failed] | Failed) -> Embedded | Failed:

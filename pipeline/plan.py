@@ -6,9 +6,10 @@ The stored plan is authority: whoever finds one reads it and does not list the i
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -19,11 +20,13 @@ from pipeline.errors import InputError, JobError, RunMismatch
 from pipeline.job import JobSpec, differences, identity, identity_hash
 from pipeline.models import Card
 from pipeline.read import PartLimits
-from pipeline.schema import Part, Piece
+from pipeline.schema import Part, Piece, part_id
 
 PART_BYTES = 64 << 20  # of the widest model's columns: a part is always one plain PUT
 MOST_PART_BYTES = 256 << 20  # for parts whose rows nobody could count before reading them
 ROW_OVERHEAD_BYTES = 256  # key, shard, sizes and a caption of ordinary length
+
+PARTS_AT_ONCE = 4096  # decoded: there may be 1e5, and what Python needs for them on the way is several times the plan
 
 PIECE_TYPE = pa.struct(
     [
@@ -31,13 +34,14 @@ PIECE_TYPE = pa.struct(
         ("start", pa.int64()), ("stop", pa.int64()), ("rows", pa.int64()),
     ]
 )  # fmt: skip
+PIECES_TYPE = pa.list_(PIECE_TYPE)
 PLAN_SCHEMA = pa.schema(
     [
         pa.field("index", pa.int32(), nullable=False),
         pa.field("id", pa.string(), nullable=False),
         pa.field("rows", pa.int64()),
         pa.field("size_bytes", pa.int64(), nullable=False),
-        pa.field("pieces", pa.list_(PIECE_TYPE), nullable=False),
+        pa.field("pieces", PIECES_TYPE, nullable=False),
     ]
 )
 
@@ -60,6 +64,23 @@ class Plan:
         """Where a part's rows of one model lie, below the output's folder."""
         return f"model={model}/part-{part.index:06d}-{part.id(self.identity(model))}.parquet"
 
+    @cached_property
+    def names(self) -> dict[str, tuple[str, ...]]:
+        """The file names of each model, in the order of the parts. What a part covers is hashed once for all models."""
+        covers = [part.covers for part in self.parts]
+        return {
+            model: tuple(
+                f"model={model}/part-{part.index:06d}-{part_id(identity, covered)}.parquet"
+                for part, covered in zip(self.parts, covers, strict=True)
+            )
+            for model, identity in self._hashes.items()
+        }
+
+    def names_by_part(self) -> Iterator[str]:
+        """All file names: those of the first part for each model, then those of the next."""
+        for of_part in zip(*(self.names[model] for model in sorted(self.names)), strict=True):
+            yield from of_part
+
     @property
     def rows(self) -> int | None:
         counts = [part.rows for part in self.parts]
@@ -76,7 +97,7 @@ def make_plan(job: JobSpec, cards: Mapping[str, Card], dtype: str) -> Plan:
 
 
 def identities(job: JobSpec, cards: Mapping[str, Card], dtype: str) -> dict[str, dict[str, Any]]:
-    return {model.name: identity(job, model, cards[model.name], dtype) for model in job.models}
+    return {model.name: identity(job, model, cards[model.name], dtype, cards.values()) for model in job.models}
 
 
 def rows_per_part(job: JobSpec, cards: Mapping[str, Card]) -> int:
@@ -122,23 +143,44 @@ def check_same_run(stored: Plan, ours: Mapping[str, Mapping[str, Any]], uri: str
 
 def encode_plan(plan: Plan) -> bytes:
     """The plan as a Parquet file, the same bytes for the same plan."""
-    rows = [
-        {"index": part.index, "id": part.covers[:16], "rows": part.rows, "size_bytes": part.size_bytes,
-         "pieces": [asdict(piece) for piece in part.pieces]}
-        for part in plan.parts
-    ]  # fmt: skip
-    table = pa.Table.from_pylist(rows, schema=PLAN_SCHEMA)
-    table = table.replace_schema_metadata({"img2parquet.identities": json.dumps(plan.identities, sort_keys=True)})
+    parts = plan.parts
+    columns = [
+        [part.index for part in parts],
+        [part.covers[:16] for part in parts],
+        [part.rows for part in parts],
+        [part.size_bytes for part in parts],
+    ]
+    arrays = [pa.array(column, field.type) for column, field in zip(columns, PLAN_SCHEMA, strict=False)]
+    schema = PLAN_SCHEMA.with_metadata({"img2parquet.identities": json.dumps(plan.identities, sort_keys=True)})
     sink = pa.BufferOutputStream()
-    pq.write_table(table, sink, compression="zstd")
+    pq.write_table(pa.Table.from_arrays([*arrays, _pieces(parts)], schema=schema), sink, compression="zstd")
     return bytes(sink.getvalue())
 
 
+def _pieces(parts: Sequence[Part]) -> pa.ListArray:
+    """The pieces of each part, column by column: a job may have 1e5 parts."""
+    pieces = [piece for part in parts for piece in part.pieces]
+    columns = [pa.array([getattr(piece, field.name) for piece in pieces], field.type) for field in PIECE_TYPE]
+    offsets = list(itertools.accumulate((len(part.pieces) for part in parts), initial=0))
+    return pa.ListArray.from_arrays(
+        pa.array(offsets, pa.int32()), pa.StructArray.from_arrays(columns, fields=list(PIECE_TYPE)), PIECES_TYPE
+    )
+
+
 def decode_plan(data: bytes) -> Plan:
-    table = pq.read_table(pa.BufferReader(data))
-    identities = json.loads(table.schema.metadata[b"img2parquet.identities"])
-    columns = zip(table.column("index").to_pylist(), table.column("pieces").to_pylist(), strict=True)
-    return Plan(tuple(Part(index, tuple(Piece(**p) for p in pieces)) for index, pieces in columns), identities)
+    file = pq.ParquetFile(pa.BufferReader(data))
+    identities = json.loads(file.schema_arrow.metadata[b"img2parquet.identities"])
+    batches = file.iter_batches(PARTS_AT_ONCE, columns=["index", "pieces"])
+    return Plan(tuple(part for batch in batches for part in _parts(batch)), identities)
+
+
+def _parts(batch: pa.RecordBatch) -> Iterator[Part]:
+    pieces_of = batch.column("pieces")
+    flat = pieces_of.flatten()
+    pieces = itertools.starmap(Piece, zip(*(flat.field(field.name).to_pylist() for field in PIECE_TYPE), strict=True))
+    counts = pieces_of.value_lengths().to_pylist()
+    for index, count in zip(batch.column("index").to_pylist(), counts, strict=True):
+        yield Part(index, tuple(itertools.islice(pieces, count)))
 
 
 def plan_hash(data: bytes) -> str:

@@ -8,11 +8,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from pipeline import gpus
+from pipeline.batch_size import auto_batch_size
 from pipeline.job import JobSpec
 from pipeline.models import Card
-
-BATCH_SIZE_CPU = 32  # 16 to 64 is the plateau of every family on a CPU (research: models, 4.5)
-BATCH_SIZE_GPU = 256
 
 
 @dataclass(frozen=True)
@@ -24,22 +23,22 @@ class Probe:
     versions: Mapping[str, str]
 
 
-def probe(job: JobSpec) -> Probe:
-    """Raises ModelError where a model, or an output that the job asks of it, cannot be had."""
-    import torch
-
+def probe(job: JobSpec, cluster_gpus: int = 0, gpus_each: float | None = None) -> Probe:
+    """cluster_gpus: all that Ray has, gpus_each: what it gives each worker. Raises ModelError where a model, or an
+    output that the job asks of it, cannot be had; JobError where a GPU would lie idle."""
     from pipeline.models import read_card
 
-    device = "cuda" if torch.cuda.is_available() and job.resources.gpus_per_worker != 0 else "cpu"
+    each = job.resources.gpus_per_worker if gpus_each is None else gpus_each
+    device = gpus.choose_device(job.resources.device, each, gpus.find(cluster_gpus))
     cards = {}
     for wanted in job.models:
         card = read_card(wanted.model, name=wanted.name, image_size=wanted.image_size, weights=wanted.weights)
         for output in wanted.outputs:
             output.wants(card)
         cards[wanted.name] = card
-    size = job.resources.batch_size
-    batch_size = size if size != "auto" else (BATCH_SIZE_GPU if device == "cuda" else BATCH_SIZE_CPU)
-    return Probe(cards, resolve_dtype(job.dtype, device), device, batch_size, _versions())
+    dtype, size = resolve_dtype(job.dtype, device), job.resources.batch_size
+    batch_size = auto_batch_size(job, cards, dtype, device) if size == "auto" else size
+    return Probe(cards, dtype, device, batch_size, _versions())
 
 
 def resolve_dtype(dtype: str, device: str) -> str:

@@ -7,7 +7,7 @@ import threading
 import time
 from typing import TextIO
 
-from pipeline.driver import Tally
+from pipeline.session import Tally
 
 PLAIN_EVERY_S = 10.0
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,10 +11,13 @@ import pyarrow as pa
 import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 
-from pipeline.commit import PLAN, REJECT_SCHEMA, SUCCESS, Output, encode_rejects, parse_name
+from pipeline.commit import PLAN, REJECTS, SUCCESS, Output
 from pipeline.errors import InputError, nearest
+from pipeline.finish import REJECT_SCHEMA, Counting, encode_rejects
 from pipeline.plan import Plan
-from pipeline.storage import join
+from pipeline.storage import Entry
+
+FEW_FILES = 1000  # footers that `status` reads unasked: seconds on any store
 
 
 def open_results(uri: str, model: str | None = None, **storage_options: Any) -> ds.Dataset:
@@ -22,14 +27,14 @@ def open_results(uri: str, model: str | None = None, **storage_options: Any) -> 
     Raises InputError where there are none."""
     output = _output(uri, storage_options)
     plan = _plan(output)
-    files = _committed(output, plan)
-    names = sorted({parsed[0] for name in files if (parsed := parse_name(name))})
+    there = output.files().keys()
+    committed = {m: [name for name in names if name in there] for m, names in plan.names.items()}
     if model is not None and model not in plan.identities:
         known = sorted(plan.identities)
         raise InputError(f"{uri}: no model `{model}`", known=known, hint=nearest(model, known))
-    wanted = [name for name in files if model is None or name.startswith(f"model={model}/")]
+    wanted = [name for m in sorted(committed) if model in (None, m) for name in committed[m]]
     if not wanted:
-        raise InputError(f"{uri}: nothing is committed yet", known=names)
+        raise InputError(f"{uri}: nothing is committed yet", known=[m for m, names in committed.items() if names])
     filesystem, root = output.store.arrow_filesystem(output.uri)
     return ds.dataset(
         [f"{root}/{name}" for name in wanted],
@@ -41,52 +46,86 @@ def open_results(uri: str, model: str | None = None, **storage_options: Any) -> 
 
 
 def read_rejects(uri: str, **storage_options: Any) -> pa.Table:
-    """Every reject of the committed parts, one row per model and image, gathered from the footers."""
+    """Every reject of the committed parts, one row per model and image, part by part.
+
+    From `_rejects.parquet` where the job has come to its end, else from the footer of each file."""
     output = _output(uri, storage_options)
     plan = _plan(output)
-    files = _committed(output, plan)
-    footers = output.footers(files.values())
-    table = pq.read_table(pa.BufferReader(encode_rejects(zip(files, footers, strict=True))))
-    return table.cast(REJECT_SCHEMA)
+    files = output.files()
+    if REJECTS in files:
+        return pq.read_table(pa.BufferReader(output.store.read(files[REJECTS].uri))).cast(REJECT_SCHEMA)
+    names = [name for name in plan.names_by_part() if name in files]
+    data = encode_rejects(Counting().rejects(output.footers(names, files)))
+    return pq.read_table(pa.BufferReader(data)).cast(REJECT_SCHEMA)
 
 
 @dataclass(frozen=True)
 class Status:
+    """How far a run is. Counts are None where only footers tell them and they were too many to be read unasked."""
+
     uri: str
     parts: int
     parts_done: dict[str, int]  # by model
-    rows_in: int  # of the parts that are done for every model
+    rows_in: int | None  # of the parts that are done for every model
     rows_planned: int | None
-    rows_written: dict[str, int]
-    rejected: int
+    rows_written: dict[str, int] | None
+    rejected: int | None
     size_bytes: int
     is_complete: bool
+    meter: dict[str, Any]  # of the last session that worked, as it was a while ago; {} where none has said
+
+    @property
+    def bottleneck(self) -> str:
+        return str(self.meter.get("bottleneck", ""))
+
+    @property
+    def retries(self) -> dict[str, int]:
+        """Requests to stores that were sent again, by what the store had said."""
+        return dict(self.meter.get("retries", {}))
 
 
-def status(uri: str, **storage_options: Any) -> Status:
-    """How far a run is, from its files alone: works while it runs, from anywhere. Raises InputError."""
+def status(uri: str, *, read_footers: bool | None = None, **storage_options: Any) -> Status:
+    """How far a run is, from its files alone: works while it runs, from anywhere. Raises InputError.
+
+    One listing. Rows and rejects are those of `_SUCCESS` where the job is complete; else they are in the parts'
+    footers, one read each: done where these are `FEW_FILES` at most, or as `read_footers` says."""
     output = _output(uri, storage_options)
     plan = _plan(output)
-    files = _committed(output, plan)
-    footers = dict(zip(files, output.footers(files.values()), strict=True))
-    by_model = {
-        model: [f for name, f in footers.items() if name.startswith(f"model={model}/")] for model in plan.identities
-    }
-    indices = [{footer.part_index for footer in of_model} for of_model in by_model.values()]
-    whole = set.intersection(*indices)
-    first = {footer.part_index: footer for of_model in by_model.values() for footer in of_model}
-    rejected = {(f.part_index, reject["row"]) for f in footers.values() for reject in f.rejects}
+    files = output.files()
+    done = {model: [name in files for name in names] for model, names in plan.names.items()}
+    names = [name for name in plan.names_by_part() if name in files]
+    wants_footers = len(names) <= FEW_FILES if read_footers is None else read_footers
+    totals = output.success() if SUCCESS in files else _counted(output, plan, files) if wants_footers else {}
     return Status(
         uri=output.uri,
         parts=len(plan.parts),
-        parts_done={model: len(of_model) for model, of_model in by_model.items()},
-        rows_in=sum(first[index].rows_in for index in whole),
+        parts_done={model: sum(flags) for model, flags in done.items()},
+        rows_in=totals["rows_in"] if totals else _planned_rows(plan, list(map(all, zip(*done.values(), strict=True)))),
         rows_planned=plan.rows,
-        rows_written={model: sum(f.rows for f in of_model) for model, of_model in by_model.items()},
-        rejected=len(rejected),
-        size_bytes=sum(entry.size_bytes for entry in files.values()),
-        is_complete=output.store.exists(join(output.uri, SUCCESS)),
+        rows_written=totals["rows_written"] if totals else None,
+        rejected=sum(totals["rejected"].values()) if totals else None,
+        size_bytes=sum(files[name].size_bytes for name in names),
+        is_complete=SUCCESS in files,
+        meter=output.last_meter(files),
     )
+
+
+def _counted(output: Output, plan: Plan, files: Mapping[str, Entry]) -> dict[str, Any]:
+    """Totals from the footers that are there; rows in are those of parts that are done for every model."""
+    names = [name for name in plan.names_by_part() if name in files]
+    counting = Counting()
+    for _ in counting.rejects(output.footers(names, files)):
+        pass
+    models = Counter(part for part, _, _ in counting.counts)
+    whole = {part: rows_in for part, rows_in, _ in counting.counts if models[part] == len(plan.identities)}
+    written = {model: counting.written[model] for model in plan.identities}
+    return {**counting.totals(len(plan.parts)), "rows_written": written, "rows_in": sum(whole.values())}
+
+
+def _planned_rows(plan: Plan, done: Iterable[bool]) -> int | None:
+    """Rows of the parts that are done, where the plan has counted them."""
+    counts = [part.rows for part, is_done in zip(plan.parts, done, strict=True) if is_done]
+    return None if None in counts else sum(count or 0 for count in counts)
 
 
 def _output(uri: str, storage_options: dict[str, Any]) -> Output:
@@ -100,10 +139,3 @@ def _plan(output: Output) -> Plan:
     if plan is None:
         raise InputError(f"{output.uri}: no {PLAN} here, so this is no output of img2parquet")
     return plan
-
-
-def _committed(output: Output, plan: Plan) -> dict[str, Any]:
-    """The files that this plan names and that are there, by name, sorted."""
-    files = output.part_files()
-    names = sorted(plan.file_name(model, part) for model in plan.identities for part in plan.parts)
-    return {name: files[name] for name in names if name in files}

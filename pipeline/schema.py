@@ -79,7 +79,11 @@ class Part:
 
     def id(self, identity: str) -> str:
         """16 hex digits over what the part covers and the run identity of one model."""
-        return hashlib.sha256(f"{identity}/{self.covers}".encode()).hexdigest()[:16]
+        return part_id(identity, self.covers)
+
+
+def part_id(identity: str, covers: str) -> str:
+    return hashlib.sha256(f"{identity}/{covers}".encode()).hexdigest()[:16]
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,18 +117,23 @@ class Reject:
 
 @dataclass(frozen=True, slots=True)
 class Pixels:
-    """A decoded image: uint8 RGB, (height, width, 3), upright; warnings are remarks on what was done to it."""
+    """A decoded image: uint8 RGB, (height, width, 3), upright; warnings are remarks on what was done to it.
+
+    Where `preprocess: fast` decoded it `shrunk` times smaller, a last row or column that the source fills in part
+    included, `source_HW` is the source's own size; `height` and `width` are the source's always."""
 
     rgb_HWC: npt.NDArray[np.uint8]
     warnings: tuple[str, ...] = ()
+    shrunk: int = 1
+    source_HW: tuple[int, int] | None = None
 
     @property
     def height(self) -> int:
-        return int(self.rgb_HWC.shape[0])
+        return self.source_HW[0] if self.source_HW else int(self.rgb_HWC.shape[0])
 
     @property
     def width(self) -> int:
-        return int(self.rgb_HWC.shape[1])
+        return self.source_HW[1] if self.source_HW else int(self.rgb_HWC.shape[1])
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,22 +1,43 @@
-"""An output to the list of everything wrong with it: empty when each planned row is there exactly once."""
+"""An output to the list of everything wrong with it: empty when each planned row is there exactly once.
+
+`_SUCCESS` has a digest of each record, the manifest one of each part, and every file one of itself. There is no key in
+it: who can write here can write all of it anew, and only a digest of `_SUCCESS` that was kept elsewhere tells.
+"""
 
 from __future__ import annotations
 
 import json
+import zlib
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.commit import MANIFEST, PLAN, REJECTS, RUN, SUCCESS, Footer, Output, model_of, parse_footer
-from pipeline.errors import InputError, StorageError
+from pipeline.commit import (
+    MANIFEST,
+    PLAN,
+    REJECTS,
+    RUN,
+    SUCCESS,
+    Footer,
+    Output,
+    is_sealed,
+    is_visible,
+    model_of,
+    parse_footer,
+)
+from pipeline.errors import InputError, NotFound, StorageError
+from pipeline.finish import Counting
 from pipeline.plan import Plan, plan_hash
 from pipeline.schema import Part
 from pipeline.storage import Entry, join
 from pipeline.write import is_intact
+
+UNREADABLE = (pa.ArrowException, OSError, StorageError, LookupError, TypeError, ValueError, zlib.error)
 
 
 @dataclass(frozen=True)
@@ -30,11 +51,16 @@ class Checked:
 
 def verify(output: Output) -> list[str]:
     """Problems, one sentence each. Reads every byte of every part. Raises InputError where there is no plan."""
-    plan = output.stored_plan()
+    try:
+        plan = output.stored_plan()
+    except UNREADABLE as error:
+        return [f"{PLAN}: cannot be read: {_first_line(error)}"]
     if plan is None:
         raise InputError(f"{output.uri}: no {PLAN} here, so this is no output of img2parquet")
-    files = output.part_files()
-    expected = {plan.file_name(model, part): (model, part) for model in plan.identities for part in plan.parts}
+    files = {name: entry for name, entry in output.files().items() if is_visible(name)}
+    expected = {
+        name: (model, part) for model, names in plan.names.items() for name, part in zip(names, plan.parts, strict=True)
+    }
     problems = [f"missing: {name}" for name in sorted(expected.keys() - files.keys())]
     problems += [f"not of this run: {name}" for name in sorted(files.keys() - expected.keys())]
     present = sorted(expected.keys() & files.keys())
@@ -57,8 +83,8 @@ def _check_file(output: Output, entry: Entry, model: str, part: Part, plan: Plan
         file = pq.ParquetFile(pa.BufferReader(data), page_checksum_verification=True)
         footer = parse_footer(file.metadata)
         table = file.read()
-    except (pa.ArrowException, OSError, StorageError, KeyError, ValueError) as error:
-        return f"cannot be read: {str(error).splitlines()[0]}"
+    except UNREADABLE as error:
+        return f"cannot be read: {_first_line(error)}"
     if footer.identity != plan.identity(model):
         return "its footer names another run"
     if footer.part_index != part.index:
@@ -96,32 +122,60 @@ def _between_models(good: dict[str, Checked]) -> Iterator[str]:
 
 def _check_records(output: Output, plan: Plan, good: dict[str, Checked], complete: bool) -> Iterator[str]:
     """_run.json, manifest, rejects and _SUCCESS against the parts. They may be absent only while a run is on."""
-    run = output.run_record()
-    if run is None:
-        yield f"missing: {RUN}"
-    elif run["plan_sha256"] != plan_hash(output.store.read(join(output.uri, PLAN))):
+    run = _record(output, RUN)
+    if isinstance(run, str):
+        yield run
+    elif run.get("plan_sha256") != plan_hash(output.store.read(join(output.uri, PLAN))):
         yield f"{RUN} was written for another plan"
-    if not output.store.exists(join(output.uri, SUCCESS)):
-        yield f"missing: {SUCCESS} (the job has not ended, or it failed)"
+    totals = _record(output, SUCCESS)
+    if isinstance(totals, str):
+        yield totals + (" (the job has not ended, or it failed)" if totals.startswith("missing") else "")
+    else:
+        yield from _success_problems(output, plan, good if complete else None, totals)
+    ended = not isinstance(totals, str)
+    yield from _check_table(output, MANIFEST, ended, lambda table: _manifest_problems(table, good))
+    yield from _check_table(output, REJECTS, ended, lambda table: _reject_problems(table, good))
+
+
+def _record(output: Output, name: str) -> dict[str, Any] | str:
+    """A sealed JSON record, or what is wrong with it."""
+    try:
+        data = output.store.read(join(output.uri, name))
+    except NotFound:
+        return f"missing: {name}"
+    if not is_sealed(data):
+        return f"{name}: its bytes are not those that were written"
+    values: dict[str, Any] = json.loads(data)
+    return values
+
+
+def _success_problems(
+    output: Output, plan: Plan, parts: dict[str, Checked] | None, totals: dict[str, Any]
+) -> Iterator[str]:
+    said = totals.get("files", {})
+    found = output.digests(said)
+    yield from (f"{name}: {SUCCESS} has another digest of it" for name in said if found.get(name) != said[name])
+    if parts is None:
         return
-    totals = json.loads(output.store.read(join(output.uri, SUCCESS)))
-    yield from _check_table(output, MANIFEST, lambda table: _manifest_problems(table, good))
-    yield from _check_table(output, REJECTS, lambda table: _reject_problems(table, good))
-    if complete:
-        written = dict.fromkeys(plan.identities, 0)
-        for name, checked in good.items():
-            written[model_of(name)] += checked.footer.rows
-        if written != totals["rows_written"]:
-            yield f"{SUCCESS} says {totals['rows_written']} rows, the parts hold {sum(written.values())}"
+    counting = Counting()
+    for _ in counting.rejects((name, parts[name].footer) for name in plan.names_by_part()):
+        pass
+    for name, counted in counting.totals(len(plan.parts)).items():
+        if totals.get(name) != counted:
+            yield f"{SUCCESS} says {name} {totals.get(name)}, the parts hold {counted}"
 
 
-def _check_table(output: Output, name: str, problems: object) -> Iterator[str]:
+def _check_table(
+    output: Output, name: str, ended: bool, problems: Callable[[pa.Table], Iterable[str]]
+) -> Iterator[str]:
     try:
         table = pq.read_table(pa.BufferReader(output.store.read(join(output.uri, name))))
-    except (StorageError, pa.ArrowException) as error:
-        yield f"{name}: cannot be read: {str(error).splitlines()[0]}"
-        return
-    yield from problems(table)  # type: ignore[operator]
+        yield from problems(table)
+    except NotFound:
+        if ended:
+            yield f"missing: {name}"
+    except UNREADABLE as error:
+        yield f"{name}: cannot be read: {_first_line(error)}"
 
 
 def _manifest_problems(table: pa.Table, good: dict[str, Checked]) -> Iterator[str]:
@@ -130,10 +184,11 @@ def _manifest_problems(table: pa.Table, good: dict[str, Checked]) -> Iterator[st
         row = said.get(name)
         if row is None:
             yield f"{MANIFEST} does not name {name}"
-        elif (row["rows"], row["rows_in"], row["size_bytes"]) != (
-            checked.footer.rows, checked.footer.rows_in, checked.size_bytes,
+        elif (row["rows"], row["rows_in"], row["size_bytes"], row.get("sha256")) != (
+            checked.footer.rows, checked.footer.rows_in, checked.size_bytes, checked.footer.digest,
         ):  # fmt: skip
-            yield f"{MANIFEST} disagrees with {name} on rows or size"
+            yield f"{MANIFEST} disagrees with {name} on rows, size or digest"
+    yield from (f"{MANIFEST} names {name}, which is not there" for name in sorted(said.keys() - good.keys()))
 
 
 def _reject_problems(table: pa.Table, good: dict[str, Checked]) -> Iterator[str]:
@@ -143,3 +198,7 @@ def _reject_problems(table: pa.Table, good: dict[str, Checked]) -> Iterator[str]
         count = said[(model, checked.footer.part_index)]
         if count != len(checked.footer.rejects):
             yield f"{REJECTS} has {count} rejects of {name}, its footer {len(checked.footer.rejects)}"
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]

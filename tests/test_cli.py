@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import yaml
 
+from pipeline import results
 from pipeline.cli import main
 from tests.small import GOOD, ROWS, job_dict, make_checkpoint, make_shards
 
@@ -38,12 +39,15 @@ def test_a_job_from_plan_to_verify(made: Path, tmp_path: Path, capsys: pytest.Ca
     assert f"rows in    {ROWS}" in said.out
     assert f"written    {GOOD} to model=tiny" in said.out
     assert "parts 6/6" in said.err
+    assert said.out.count("\nbottleneck ") == 1 and "-bound: " in said.out
     assert main(["plan", job]) == 0
     assert "6 of 6 parts committed" in capsys.readouterr().out
     assert main(["run", job, "--runner", "local"]) == 0
-    assert "nothing to do" in capsys.readouterr().out
+    again = capsys.readouterr().out
+    assert "nothing to do" in again and "bottleneck" not in again
     assert main(["status", out]) == 0
-    assert "complete" in capsys.readouterr().out
+    now = capsys.readouterr().out
+    assert "state      complete" in now and "-bound: " in now and "6 parts of session 2" in now
     assert main(["verify", out]) == 0
     assert "ok" in capsys.readouterr().err
     assert main(["rejects", out]) == 0
@@ -54,9 +58,25 @@ def test_a_job_from_plan_to_verify(made: Path, tmp_path: Path, capsys: pytest.Ca
     assert "missing: model=tiny/part-" in capsys.readouterr().out
 
 
+def test_status_of_many_parts_says_how_to_count(
+    made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = str(tmp_path / "out")
+    assert main(["run", str(write_job(made, tmp_path)), "--runner", "local"]) == 0
+    (tmp_path / "out" / "_SUCCESS").unlink()
+    monkeypatch.setattr(results, "FEW_FILES", 5)
+    capsys.readouterr()
+    assert main(["status", out]) == 0
+    assert "rejected   not counted; --rejects reads" in capsys.readouterr().out
+    assert main(["status", out, "--rejects"]) == 0
+    assert "rejected   3\n" in capsys.readouterr().out
+
+
 def test_the_summary_as_json(made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["run", str(write_job(made, tmp_path)), "--runner", "local", "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["rows_in"] == ROWS
+    said = json.loads(capsys.readouterr().out)
+    assert said["rows_in"] == ROWS
+    assert said["meter"]["stages"]["read"]["images"] == ROWS and said["bottleneck"] == said["meter"]["bottleneck"]
 
 
 @pytest.mark.parametrize(
@@ -70,6 +90,8 @@ def test_the_summary_as_json(made: Path, tmp_path: Path, capsys: pytest.CaptureF
         ("models.0.outputs.0.kind=embeding", 2, "did you mean `embedding`"),
         ("models.0.image_size=80", 2, "80"),
         ("reject_limit=0.001", 1, "reject_limit"),
+        ("resources={device: cpu, gpus_per_worker: 1}", 2, "resources.device"),
+        ("resources.device=cuda", 2, "resources.device"),
         ("input.keep=[width]", 2, "width"),
         ("input.storage_options={secret: x}", 2, "secret"),
         ("output.uri=/proc/nope/out", 1, "/proc/nope"),

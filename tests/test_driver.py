@@ -52,7 +52,7 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> str:
 def ray_cluster() -> Iterator[None]:
     import ray
 
-    ray.init(num_cpus=2, include_dashboard=False, logging_level="ERROR", log_to_driver=False)
+    ray.init(address="local", num_cpus=2, include_dashboard=False, logging_level="ERROR", log_to_driver=False)
     yield
     ray.shutdown()
 
@@ -108,7 +108,7 @@ def test_each_image_is_decoded_once_however_many_models(
     job = pipeline.parse_job({**document, "models": [*document["models"], second]})
     seen: list[bytes] = []
     real = embed.decode
-    monkeypatch.setattr(embed, "decode", lambda image, policy: seen.append(bytes(image)) or real(image, policy))
+    monkeypatch.setattr(embed, "decode", lambda image, *rest: seen.append(bytes(image)) or real(image, *rest))
     summary = run(job, "local")
     assert summary.rows_written == {"tiny": GOOD, "wide": GOOD}
     assert len(seen) == ROWS

@@ -19,13 +19,15 @@ LAYERS = [
     {"errors"},
     {"schema"},
     {"storage"},
-    {"headers"},  # what an image's first bytes say
+    {"headers", "meter", "device", "gpus"},  # what an image's first bytes say; what stages did; where models run
     {"read", "decode", "preprocess", "models", "outputs"},
+    {"shrink"},  # how much of a JPEG the resizes can spare
     {"job"},
-    {"plan", "batch", "probe"},
+    {"graphs", "batch_size"},
+    {"plan", "batch", "probe", "forward"},
     {"embed", "write", "commit"},
     {"local", "cluster"},
-    {"losses"},
+    {"losses", "finish", "session"},
     {"driver"},
     {"results", "verify", "progress", "catalogue"},
     {"cli"},
@@ -37,12 +39,13 @@ WITHIN = {
     ("write", "write"): "",
 }
 HEAVY = {
-    "torch": {"models", "decode", "preprocess", "outputs", "embed", "local", "probe"},
+    "torch": {"models", "decode", "preprocess", "outputs", "embed", "local", "probe"}
+    | {"device", "graphs", "forward", "batch_size", "gpus"},
     "ray": {"cluster"},
     "PIL": {"decode", "preprocess", "models", "outputs"},
     "simplejpeg": {"decode"},
     "pyarrow": {"schema", "storage", "read", "outputs", "plan", "batch", "embed", "write", "commit", "cluster"}
-    | {"results", "verify", "losses"},
+    | {"results", "verify", "losses", "finish", "session", "forward"},
     "fsspec": {"storage"},
     "s3fs": {"storage"},
     "pydantic": {"job", "read", "outputs"},

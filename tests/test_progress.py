@@ -5,8 +5,8 @@ from __future__ import annotations
 import io
 import time
 
-from pipeline.driver import Tally
 from pipeline.progress import Progress, describe, eta_s
+from pipeline.session import Tally
 
 
 class Terminal(io.StringIO):

@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import base64
 import json
+import pickle
 import shutil
 import zlib
 from collections.abc import Callable
 from pathlib import Path
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline.commit import Output
+from pipeline.commit import PLAN, RECORDS, SUCCESS, Output, seal
 from pipeline.driver import run
 from pipeline.errors import InputError
 from pipeline.verify import verify
-from pipeline.write import is_intact
+from pipeline.write import DIGEST_KEY, _encode, _seal, is_intact
 from tests.small import make_checkpoint, make_shards, small_job
 
 
@@ -111,7 +113,77 @@ def change_the_plan(output: Path, finished: Path) -> None:
     shutil.copy(finished / "other" / "_plan.parquet", output / "_plan.parquet")
 
 
+def rename_a_part(output: Path, finished: Path) -> None:
+    part(output).rename(part(output).with_name("part-000001-" + "0" * 16 + ".parquet"))
+
+
+def move_a_part_to_another_model(output: Path, finished: Path) -> None:
+    (output / "model=other").mkdir()
+    part(output).rename(output / "model=other" / part(output).name)
+
+
+def add_a_file_that_readers_see(output: Path, finished: Path) -> None:
+    shutil.copy(part(output), output / "more.parquet")
+
+
+def add_a_note_beside_the_parts(output: Path, finished: Path) -> None:
+    (part(output).parent / "note.txt").write_text("x")
+
+
+def forge_a_part(output: Path, finished: Path) -> None:
+    """Other numbers under the old footer's words, sealed as we would seal it: all that its own file says is right."""
+    path = part(output)
+    table = pq.ParquetFile(path).read()
+    said = pq.read_metadata(path).metadata
+    metadata = {k.decode(): v.decode() for k, v in said.items() if k not in (b"ARROW:schema", DIGEST_KEY)}
+    shifted = table.set_column(
+        table.column_names.index("width"), table.field("width"), pc.add(table["width"], 1).cast("int32")
+    )
+    forged = _seal(_encode(shifted, metadata))
+    assert is_intact(forged)
+    path.write_bytes(forged)
+
+
+def forge_a_footer(output: Path, finished: Path) -> None:
+    """One word of the same length, sealed again."""
+    path = part(output)
+    data = path.read_bytes()
+    at = data.rindex(DIGEST_KEY)
+    start = data.index(b"sha256:", at) + 7
+    blank = data.replace(b'"alpha": "white"', b'"alpha": "black"')
+    forged = _seal(blank[:start] + b"0" * 64 + blank[start + 64 :])
+    assert is_intact(forged) and len(forged) == len(data) and forged != data
+    path.write_bytes(forged)
+
+
+def change_a_record(name: str, **change: object) -> Callable[[Path, Path], None]:
+    def tamper(output: Path, finished: Path) -> None:
+        values = json.loads((output / name).read_bytes())
+        values.pop("sha256")
+        assert values.keys() >= change.keys()
+        (output / name).write_bytes(seal({**values, **change}))
+
+    tamper.__name__ = f"change {', '.join(change)} of {name}"
+    return tamper
+
+
+def take_a_record_of_another_run(name: str) -> Callable[[Path, Path], None]:
+    def tamper(output: Path, finished: Path) -> None:
+        shutil.copy(finished / "other" / name, output / name)
+
+    tamper.__name__ = f"take {name} of another run"
+    return tamper
+
+
 TAMPERINGS = [
+    rename_a_part, move_a_part_to_another_model, add_a_file_that_readers_see, add_a_note_beside_the_parts, forge_a_part,
+    forge_a_footer,
+    change_a_record("_SUCCESS", rows_in=23), change_a_record("_SUCCESS", rows_written={"tiny": 23}),
+    change_a_record("_SUCCESS", rejected={"empty": 1}), change_a_record("_SUCCESS", parts=2),
+    change_a_record("_run.json", plan_sha256="0" * 64), change_a_record("_run.json", batch_size=9),
+    change_a_record("_run.json", job={}), change_a_record("_run.json", identities={}),
+    *(take_a_record_of_another_run(name) for name in ("_SUCCESS", "_run.json", "_manifest.parquet")),
+
     delete, truncate, empty, flip_a_byte, remove_a_row, double_a_row, duplicate_a_part, swap_two_parts,
     add_a_part_of_another_run, replace_by_a_part_of_another_run, forget_the_end, forget_the_manifest, change_the_plan,
 ]  # fmt: skip
@@ -121,6 +193,35 @@ TAMPERINGS = [
 def test_tampering_is_found(output: Path, finished: Path, tamper: Callable[[Path, Path], None]) -> None:
     tamper(output, finished)
     assert verify(Output.at(str(output)))
+
+
+@pytest.mark.parametrize("name", (*RECORDS, SUCCESS))
+@pytest.mark.parametrize("change", ["flip", "cut", "empty", "pickle", "remove"])
+def test_any_change_of_a_record_is_told_and_raises_nothing(output: Path, name: str, change: str) -> None:
+    data = (output / name).read_bytes()
+    spots = range(0, len(data), max(1, len(data) // 12))
+    changed = {
+        "flip": [data[:at] + bytes([data[at] ^ 0x20]) + data[at + 1 :] for at in spots],
+        "cut": [data[:at] for at in spots],
+        "empty": [b""],
+        "pickle": [pickle.dumps(data)],
+        "remove": [],
+    }[change]
+    for content in changed:
+        (output / name).write_bytes(content)
+        assert verify(Output.at(str(output))), len(content)
+    if change == "remove" and name != PLAN:  # without a plan it is no output
+        (output / name).unlink()
+        assert verify(Output.at(str(output))) != []
+
+
+def test_a_changed_word_of_the_record_is_told_before_the_job_has_ended(output: Path) -> None:
+    """Before there is a _SUCCESS with a digest of it."""
+    (output / "_SUCCESS").unlink()
+    record = (output / "_run.json").read_text()
+    assert not [problem for problem in verify(Output.at(str(output))) if "_run.json" in problem]
+    (output / "_run.json").write_text(record.replace('"batch_size": 8', '"batch_size": 9'))
+    assert [problem for problem in verify(Output.at(str(output))) if "_run.json" in problem]
 
 
 def test_any_changed_byte_of_a_part_is_found(output: Path) -> None:

@@ -163,8 +163,10 @@ def to_host(feature: Tensor, dtype: FloatType) -> npt.NDArray[np.floating[Any]]:
     """(B, ...) on any device -> (B, N) in memory. Narrowed before it is moved."""
     import torch
 
+    from pipeline.device import to_host as moved
+
     narrow = feature.detach().to(torch.float16 if dtype == "float16" else torch.float32)
-    host: npt.NDArray[np.floating[Any]] = narrow.flatten(start_dim=1).cpu().numpy()
+    host: npt.NDArray[np.floating[Any]] = moved(narrow.flatten(start_dim=1)).numpy()
     return host
 
 

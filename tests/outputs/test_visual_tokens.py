@@ -10,10 +10,9 @@ import pytest
 import torch
 from transformers import BeitConfig, BeitForMaskedImageModeling
 
-from pipeline.batch import Crops
-from pipeline.embed import _output_columns
+from pipeline.device import CpuLane, open_device
 from pipeline.errors import OutputUnavailable, PartFailed
-from pipeline.job import ModelJob
+from pipeline.forward import Forward
 from pipeline.models import Card
 from pipeline.models.model import Model
 from pipeline.outputs import BatchRows
@@ -119,9 +118,8 @@ def test_other_outputs_of_the_model_see_the_whole_image(tmp_path: Path) -> None:
     )
     pixels_BHWC = np.random.default_rng(0).integers(0, 256, (2, 32, 32, 3)).astype(np.uint8)
     about, mean = rows("a", "b"), Embedding(pool="mean", name="mean", normalize="none", dtype="float32")
-    crops = Crops((0, 1), pixels_BHWC, ())
-    alone = _output_columns(ModelJob(model="m", outputs=(mean,)), model, crops, about)
-    both = _output_columns(ModelJob(model="m", outputs=(VisualTokens(), mean)), model, crops, about)
-    assert both[1].equals(alone[0])
+    forwards = [Forward(model, outputs, 2, open_device("cpu")) for outputs in ((mean,), (VisualTokens(), mean))]
+    alone, both = (forward.columns(CpuLane(), pixels_BHWC, about) for forward in forwards)
+    assert alone and both and both[1].equals(alone[0])
     masked = model.forward_pixels(pixels_BHWC, mean.wants(model.card), **VisualTokens().inputs(model.card, about))
     assert not mean.columns(model.card, masked, about)[0].equals(alone[0])

@@ -1,0 +1,208 @@
+"""One call of `run`: the runner's results gathered by part, whole parts encoded and committed by a few threads.
+
+* The stream waits for the commits, so that the driver's memory is bounded; what it keeps of a committed part is its
+  footer, so that the end of the job need not read it back.
+* While it works, the session leaves its meter in the output, each time under a new name: after a minute, then each time
+  that it has worked twice as long, and at its end. Readers take the last; nothing is overwritten.
+"""
+
+from __future__ import annotations
+
+import json
+import secrets
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field
+from types import ModuleType
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipeline.batch import Embedded, Failed, Work
+from pipeline.commit import METER, Footer, Output, parse_footer
+from pipeline.errors import JobFailed, StorageError
+from pipeline.meter import Meter, Spent, bottleneck, retried
+from pipeline.plan import Plan
+from pipeline.storage import Entry
+from pipeline.write import EncodedPart, Gathering, encode_part
+
+COMMIT_THREADS = 4
+MAX_PARTS_TO_COMMIT = 8  # encoded or being encoded
+KEPT_REJECT_BYTES = 64 << 20  # compressed; footers with rejects beyond that are read back at the end
+FIRST_SNAPSHOT_S = 60.0
+
+
+@dataclass
+class Tally:
+    """What a run has done so far; `on_change` is called with it whenever it changes."""
+
+    output_uri: str
+    parts: int = 0
+    parts_done_before: int = 0
+    parts_committed: int = 0
+    rows_planned: int | None = None
+    rows_in: int = 0  # of this session
+    rows_rejected: int = 0
+    started: float = field(default_factory=time.monotonic)
+    working_since: float = 0.0
+
+    @property
+    def images_per_s(self) -> float:
+        seconds = time.monotonic() - self.working_since
+        return self.rows_in / seconds if self.working_since and seconds > 0 else 0.0
+
+
+class Session:
+    """`files`: what lies in the output. Afterwards `footers` has those that this session made, by file name."""
+
+    def __init__(
+        self, output: Output, plan: Plan, work: Work, files: Mapping[str, Entry], on_change: Callable[[Tally], None]
+    ) -> None:
+        self.output, self.plan, self.work, self.on_change = output, plan, work, on_change
+        self.left = _left(plan, files)
+        self.tally = Tally(output.uri, len(plan.parts), len(plan.parts) - len(self.left), rows_planned=plan.rows)
+        self.gathering: dict[int, Gathering] = {}
+        self.failed: dict[int, str] = {}
+        self.footers: dict[str, Footer] = {}
+        self.kept_bytes = 0
+        self.lock = threading.Lock()  # of the tally's and the footers' changes by the committing threads
+        self.name = f"{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}-{secrets.token_hex(3)}"
+        self.snapshots, self.next_snapshot_s = 0, FIRST_SNAPSHOT_S
+        self.meter = Meter({})
+        self.report: dict[str, Any] = {}  # the meter as JSON values, with whose it is, at the end of the work
+
+    def run(self, runner: ModuleType) -> None:
+        """Do what is left. Raises JobFailed when parts could not be done, StorageError."""
+        self.on_change(self.tally)
+        if not self.left:
+            return
+        self.output.check_store()
+        pools = runner.pools(self.work)
+        readers = min(pools["readers"], len(self.left))
+        self.meter = Meter({**pools, "readers": readers}, is_fast=self.work.job.preprocess == "fast")
+        pending = [part for part in self.plan.parts if part.index in self.left]
+        commits: set[Future[None]] = set()
+        with ThreadPoolExecutor(COMMIT_THREADS, "img2parquet-commit") as pool:
+            for whole in self._whole_parts(runner.stream(pending, self.work)):
+                commits = self._settled(commits)
+                commits.add(pool.submit(self._commit, whole))
+                if time.monotonic() - self.tally.working_since > self.next_snapshot_s:
+                    commits.add(pool.submit(self._leave, *self._snapshot(self._report())))
+            _raise_first(commits)
+        self.report = self._report()
+        self._leave(*self._snapshot(self.report))
+        if self.failed:
+            raise self._failure()
+
+    def _report(self) -> dict[str, Any]:
+        self.meter.add(retried())
+        measured, tally = self.meter.measured(), self.tally
+        parts = {"parts": tally.parts, "parts_before": tally.parts_done_before, "parts_here": tally.parts_committed}
+        whose = {"session": self.name, **parts, "rows_in": tally.rows_in}
+        return {**whose, "bottleneck": bottleneck(measured), **asdict(measured)}
+
+    def _whole_parts(self, results: Iterator[Embedded | Failed]) -> Iterator[Gathering]:
+        parts = {part.index: part for part in self.plan.parts if part.index in self.left}
+        self.tally.working_since = time.monotonic()
+        for result in results:
+            self.meter.arrived()
+            if isinstance(result, Failed):
+                self.meter.add(result.spent)
+                self.failed[result.part_index] = result.message
+                self.gathering.pop(result.part_index, None)
+                continue
+            if result.part_index in self.failed:
+                continue
+            gathering = self.gathering.setdefault(result.part_index, Gathering(parts[result.part_index]))
+            gathering.add(result, self.work.batch_size)
+            self._count(result)
+            if gathering.is_whole:
+                yield self.gathering.pop(result.part_index)
+
+    def _count(self, result: Embedded) -> None:
+        self.meter.add(result.spent, result.waited)
+        with self.lock:
+            self.tally.rows_in += result.images
+            self.tally.rows_rejected += len(_images(result))
+        self.on_change(self.tally)
+
+    def _settled(self, commits: set[Future[None]]) -> set[Future[None]]:
+        """Wait until there is room for one more; the commits that are still on. Raises what one of them raised."""
+        if len(commits) < MAX_PARTS_TO_COMMIT:
+            return commits
+        with self.meter.blocked():
+            finished, commits = wait(commits, return_when=FIRST_COMPLETED)
+        _raise_first(finished)
+        return commits
+
+    def _commit(self, gathering: Gathering) -> None:
+        """Encode and create a part's file of every model that lacks it."""
+        part = gathering.part
+        for model in self.left[part.index]:
+            started = time.perf_counter()
+            encoded = self._encode(model, gathering)
+            encoded_at = time.perf_counter()
+            name = self.plan.file_name(model, part)
+            if self.output.put_once(name, encoded.data) == "created":
+                self._keep(name, encoded)
+            stored_s, what = time.perf_counter() - encoded_at, (encoded.rows, len(encoded.data))
+            self.meter.add({"encode": Spent(encoded_at - started, *what), "commit": Spent(stored_s, *what)})
+        with self.lock:
+            self.tally.parts_committed += 1
+        self.on_change(self.tally)
+
+    def _encode(self, model: str, gathering: Gathering) -> EncodedPart:
+        identity = self.plan.identity(model)
+        return encode_part(gathering.part, model, identity, gathering.in_order(), self.plan.identities[model])
+
+    def _keep(self, name: str, encoded: EncodedPart) -> None:
+        """Remember what the file says of itself. One that somebody else created is read back at the end."""
+        footer = parse_footer(pq.read_metadata(pa.BufferReader(encoded.data)))
+        with self.lock:
+            if encoded.rejects:
+                self.kept_bytes += len(footer.packed_rejects)
+            if not encoded.rejects or self.kept_bytes <= KEPT_REJECT_BYTES:
+                self.footers[name] = footer
+
+    def _snapshot(self, report: Mapping[str, Any]) -> tuple[str, bytes]:
+        """The meter under its next name. Only by the driver's thread: names are counted."""
+        self.snapshots, self.next_snapshot_s = self.snapshots + 1, 2 * self.next_snapshot_s
+        name = f"{METER}{self.name}-{self.snapshots:03d}.json"
+        return name, json.dumps(report, indent=1, sort_keys=True).encode()
+
+    def _leave(self, name: str, data: bytes) -> None:
+        """Put the meter where `status` finds it. A store that refuses it does not end the job."""
+        with suppress(StorageError):
+            self.output.put_once(name, data)
+
+    def _failure(self) -> JobFailed:
+        shown = [f"  part {index}: {message}" for index, message in sorted(self.failed.items())[:5]]
+        more = f"\n  and {len(self.failed) - 5} more" if len(self.failed) > 5 else ""
+        return JobFailed(
+            f"{len(self.failed)} of {len(self.plan.parts)} parts could not be done:\n" + "\n".join(shown) + more,
+            hint="the other parts are committed; run the same command again to do what is left",
+        )
+
+
+def _left(plan: Plan, files: Mapping[str, Entry]) -> dict[int, tuple[str, ...]]:
+    """Models that lack a part, by the part's index; parts that none lacks are not in it."""
+    left: dict[int, tuple[str, ...]] = {}
+    for model, names in plan.names.items():
+        for part, name in zip(plan.parts, names, strict=True):
+            if name not in files:
+                left[part.index] = (*left.get(part.index, ()), model)
+    return left
+
+
+def _raise_first(futures: set[Future[None]]) -> None:
+    for future in futures:
+        future.result()
+
+
+def _images(result: Embedded) -> set[int]:
+    """Source rows that at least one model rejected."""
+    return {reject.row for rejects in result.rejects.values() for reject in rejects}

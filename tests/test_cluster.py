@@ -1,0 +1,52 @@
+"""How Ray is told to cut a job: what a worker gets at a time is little enough for every worker to have some."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import ray
+
+from pipeline import cluster
+from pipeline.batch import Work
+from pipeline.plan import make_plan
+from pipeline.probe import probe
+from pipeline.schema import Part, Piece
+from tests.small import make_checkpoint, make_shards, small_job
+
+MIB = 1 << 20
+
+
+@pytest.fixture(scope="module")
+def two_cpus() -> Iterator[None]:
+    ray.init(address="local", num_cpus=2, include_dashboard=False, logging_level="ERROR", log_to_driver=False)
+    yield
+    ray.shutdown()
+
+
+def parts(*sizes_bytes: int, rows: int | None = None) -> list[Part]:
+    return [Part(index, (Piece(f"{index}.tar", size, "etag", rows=rows),)) for index, size in enumerate(sizes_bytes)]
+
+
+@pytest.mark.parametrize(
+    ("sizes_bytes", "workers", "block_bytes"),
+    [((4 * MIB,), 2, MIB // 4), ((4 * MIB, 4 * MIB), 2, MIB // 2), ((1 << 40,), 2, 16 * MIB), ((5,), 100, 1)],
+)
+def test_blocks_of_a_small_job_are_small(sizes_bytes: tuple[int, ...], workers: int, block_bytes: int) -> None:
+    assert cluster._block_bytes(parts(*sizes_bytes), workers) == block_bytes
+
+
+def test_a_list_is_as_large_as_what_it_lists() -> None:
+    assert cluster._block_bytes(parts(1000, rows=16 * 1024), 2) == 16 * MIB
+
+
+def test_one_small_part_is_work_for_every_worker(two_cpus: None, tmp_path: Path) -> None:
+    """It is read by one task, whose batches would travel as one block, to one actor."""
+    make_shards(tmp_path / "shards", shards=1, per_shard=64, broken=False)
+    job = small_job(f"{tmp_path}/shards/*.tar", make_checkpoint(tmp_path / "model"), str(tmp_path / "out"))
+    found = probe(job)
+    (part,) = make_plan(job, found.cards, found.dtype).parts
+    work = Work(job, found.cards, found.dtype, found.device, batch_size=4, threads=1)
+    blocks = cluster._batches([part], work, ray.put(work)).materialize()
+    assert blocks.count() == 16 and blocks.num_blocks() >= 8
