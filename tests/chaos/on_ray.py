@@ -1,0 +1,206 @@
+"""Jobs on Ray whose drivers, workers or second node are killed: `python -m tests.chaos.on_ray [--runs N] [--seed S]`.
+
+| kind | is killed | what must come of it |
+|---|---|---|
+| driver | the driver, and with it the cluster that it started | the same command does the rest |
+| workers | two processes that read or embed | the job ends by itself, or asks to be run again, which is counted |
+| node | a whole second raylet with all its workers | the same |
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import tests.chaos.environment  # noqa: F401 - before anything that reads it
+
+# isort: split
+import yaml
+
+from tests.chaos.bed import Bed, make_input, run_undisturbed
+from tests.chaos.forks import result_of
+from tests.chaos.reader import Reader
+from tests.chaos.runs import Outcome, Place, compare
+
+SHARDS, PER_SHARD = 60, 10
+KINDS = ("driver", "workers", "node")
+LIMIT_S = 300.0
+ASKS_FOR_MORE = "run the same command again"
+DRIVE = [sys.executable, "-m", "pipeline.cli", "run"]
+DRIVE_TWO_NODES = [sys.executable, "-m", "tests.chaos.two_nodes"]
+
+
+@dataclass
+class Job:
+    """A driver in a process of its own, and every process that it or one of its children has started."""
+
+    process: subprocess.Popen[bytes]
+    out: Path
+    log: Path
+    family: dict[int, str] = field(default_factory=dict)  # pid -> when it started
+
+    @classmethod
+    def start(cls, command: list[str], document: Path, out: Path, log: Path) -> Job:
+        with log.open("ab") as words:
+            process = subprocess.Popen([*command, str(document), "--runner", "ray"], stdout=words, stderr=words)
+        return cls(process, out, log)
+
+    def wait_for_parts(self, count: int) -> bool:
+        """Until so many are there; False where it ended before."""
+        deadline = time.monotonic() + LIMIT_S
+        while self.process.poll() is None and time.monotonic() < deadline:
+            if len(list(self.out.glob("model=*/part-*.parquet"))) >= count:
+                return True
+            time.sleep(0.01)
+        return False
+
+    def look(self) -> dict[int, str]:
+        """The family as it is now: pid -> title."""
+        now = dict(_descendants(self.process.pid))
+        self.family.update({pid: _started(pid) for pid in now})
+        return now
+
+    def wait(self) -> int | None:
+        with suppress(subprocess.TimeoutExpired):
+            self.process.wait(LIMIT_S)
+        return self.process.returncode
+
+    def end(self) -> None:
+        """It and all that it left behind, which are ours: the same process ids with the same start."""
+        self.look()
+        for pid in (self.process.pid, *self.family):
+            if pid == self.process.pid or self.family[pid] == _started(pid) != "":
+                _kill(pid)
+        self.process.wait()
+
+
+def one(seed: int, bed: Bed, folder: Path) -> Outcome:
+    rng, kind, outcome = random.Random(seed), KINDS[seed % len(KINDS)], Outcome()
+    folder.mkdir()
+    place = Place(str(folder / "out"), folder)
+    document = folder / "job.yaml"
+    document.write_text(yaml.safe_dump(bed.document("disk", place.uri, {})))
+    reader = Reader(place.uri, "")
+    for number in range(4):
+        command = DRIVE_TWO_NODES if kind == "node" and number == 0 else DRIVE
+        job = Job.start(command, document, folder / "out", folder / f"{number}.log")
+        try:
+            if number < (2 if kind == "driver" else 1):
+                _strike(kind, job, rng, outcome)
+            code = job.wait()
+        finally:
+            job.end()
+        outcome.counts["drivers"] += 1
+        if code == 0:
+            break
+        said = job.log.read_text()
+        if code == 1 and ASKS_FOR_MORE in said and kind != "driver":
+            outcome.counts[f"jobs that lost a {kind.removesuffix('s')} and asked to be run again"] += 1
+        elif code != -signal.SIGKILL:
+            outcome.problems.append(f"{kind}: a driver ended with {code}: {said[-2000:]}")
+            break
+    seen = reader.stop()
+    outcome.problems += seen.problems
+    problems, counts = result_of(lambda: compare(bed, "disk", place))
+    outcome.problems += problems[:5]
+    outcome.counts.update({"runs": 1, f"runs of {kind}": 1, "reader's looks": seen.looks, **counts})
+    return outcome
+
+
+def _strike(kind: str, job: Job, rng: random.Random, outcome: Outcome) -> None:
+    before = len(list(job.out.glob("model=*/part-*.parquet")))
+    for _ in range(2 if kind == "workers" else 1):
+        before += rng.randint(1, 20)
+        if not job.wait_for_parts(before):
+            return
+        victim = _victim(kind, job, rng)
+        if victim and _kill(victim):
+            outcome.counts[f"kills of a {kind.removesuffix('s')}"] += 1
+
+
+def _victim(kind: str, job: Job, rng: random.Random) -> int | None:
+    family = job.look()
+    if kind == "driver":
+        return job.process.pid
+    if kind == "node":
+        raylets = sorted(pid for pid, title in family.items() if "raylet/raylet" in title.split()[0])
+        return raylets[-1] if len(raylets) == 2 else None
+    workers = sorted(pid for pid, title in family.items() if title.startswith("ray::") and "IDLE" not in title)
+    return rng.choice(workers) if workers else None
+
+
+def _kill(pid: int) -> bool:
+    with suppress(ProcessLookupError):
+        os.kill(pid, signal.SIGKILL)
+        return True
+    return False
+
+
+def _descendants(parent: int) -> Iterator[tuple[int, str]]:
+    children: dict[int, list[int]] = {}
+    for folder in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError, ValueError):
+            above = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
+            children.setdefault(above, []).append(int(folder.name))
+    waiting = [parent]
+    while waiting:
+        for pid in children.get(waiting.pop(), []):
+            waiting.append(pid)
+            with suppress(OSError):
+                title = Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace").strip()
+                yield pid, title or "?"
+
+
+def _started(pid: int) -> str:
+    """In ticks since the machine started; with the pid it names a process for good. `` where there is none."""
+    with suppress(OSError):
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
+    return ""
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m tests.chaos.on_ray")
+    parser.add_argument("--runs", type=int, default=6)
+    parser.add_argument("--seed", type=int, help="this one alone; its folder is kept")
+    parser.add_argument("--out", type=Path, help="the counts as JSON")
+    arguments = parser.parse_args()
+    started, folder = time.monotonic(), Path(tempfile.mkdtemp(prefix="chaos-ray-"))
+    pattern = result_of(lambda: make_input(folder, SHARDS, PER_SHARD))
+    quiet = result_of(lambda: run_undisturbed(folder, pattern, str(folder / "undisturbed"), SHARDS, PER_SHARD))
+    bed = Bed(folder, {"disk": pattern}, {"disk": quiet})
+    counts, failures = Counter[str](), list[str]()
+    for seed in range(arguments.runs) if arguments.seed is None else [arguments.seed]:
+        outcome = one(seed, bed, folder / f"seed-{seed}")
+        counts.update(outcome.counts)
+        failures += [f"FAILED seed {seed}: {problem}" for problem in outcome.problems]
+    for failure in failures:
+        print(failure)
+    if not failures and arguments.seed is None:
+        shutil.rmtree(folder)
+    if arguments.out:
+        record = {"counts": dict(sorted(counts.items())), "failures": failures}
+        arguments.out.write_text(json.dumps(record, indent=1) + "\n")
+    kills = sum(n for name, n in counts.items() if name.startswith("kills "))
+    print(
+        f"chaos on ray: {counts['runs']} runs, {kills} kills, {counts['rows checked']} rows checked, rows lost = "
+        f"{counts['rows lost']}, rows twice = {counts['rows twice']}, {len(failures)} failures, "
+        f"{time.monotonic() - started:.0f} s"
+    )
+    return 1 if failures else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

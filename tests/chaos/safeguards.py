@@ -1,0 +1,237 @@
+"""Each safeguard turned off in turn, and which tests see it: `python -m tests.chaos.safeguards [NAME ...]`.
+
+A safeguard that no test misses is held by nothing. Also a plugin: `pytest -p tests.chaos.safeguards --without NAME`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+STORES = ("tests/storage/test_disk.py", "tests/storage/test_store.py", "tests/storage/test_faults.py")
+JOBS = ("tests/chaos/test_store_faults.py", "tests/test_commit.py")
+
+
+@dataclass(frozen=True)
+class Safeguard:
+    """`tests`: files that should see its absence; with `chaos`, runs of the chaos suite too."""
+
+    promise: str
+    turn_off: Callable[[], None]
+    tests: tuple[str, ...]
+    chaos: bool = False
+
+
+def _create_once() -> None:
+    """A file replaces the one that is there, a PUT has no condition; and the probe that would notice is silent."""
+    from pipeline.storage import disk, s3
+
+    send = s3.send
+
+    def send_plainly(options: Any, method: str, size_bytes: int | None, request: Mapping[str, Any]) -> Any:
+        return send(options, method, size_bytes, _without(request, "IfNoneMatch"))
+
+    s3.send = send_plainly
+    disk._give_name = lambda temporary, final: temporary.replace(final) and None
+    _probe()
+
+
+def _without(values: Mapping[str, Any], name: str) -> dict[str, Any]:
+    return {key: value for key, value in values.items() if key != name}
+
+
+def _probe() -> None:
+    from pipeline.storage import Store
+
+    Store.creates_exclusively = lambda self, folder_uri: True  # type: ignore[method-assign]
+
+
+def _look() -> None:
+    from pipeline.commit import Output
+
+    Output._is_there = lambda self, uri: False  # type: ignore[method-assign]
+
+
+def _412_is_done() -> None:
+    """Somebody else's object is an error."""
+    from pipeline.commit import Output
+
+    put_once = Output.put_once
+
+    def strict(self: Output, name: str, data: bytes) -> Any:
+        answer = put_once(self, name, data)
+        assert answer == "created", f"{name} exists"
+        return answer
+
+    Output.put_once = strict  # type: ignore[method-assign]
+
+
+def _names() -> None:
+    """Part ids that depend on the process."""
+    from pipeline import plan, schema
+
+    def random_id(identity: str, covers: str) -> str:
+        return f"{os.getpid():016x}"
+
+    plan.part_id = schema.part_id = random_id
+
+
+def _checksums() -> None:
+    """Of a part's whole file, and of its pages."""
+    import pyarrow.parquet as pq
+
+    from pipeline import verify, write
+
+    write.is_intact = verify.is_intact = lambda data: True
+    real = pq.ParquetFile
+    pq.ParquetFile = lambda source, **options: real(source, **_without(options, "page_checksum_verification"))
+
+
+def _record_digests() -> None:
+    """What _SUCCESS says of the other records is believed."""
+    from pipeline.commit import Output
+
+    real = Output.digests
+    Output.digests = lambda self, names: dict(names) if isinstance(names, Mapping) else real(self, names)  # type: ignore[method-assign]
+
+
+def _lengths() -> None:
+    """Whatever number of bytes has come is taken for all."""
+    from pipeline.storage import s3
+
+    s3._checked = lambda uri, answer, data, start, stop, expect: (
+        data if answer.get("ContentRange") else data[start:stop]
+    )
+
+
+def _pins() -> None:
+    """The input's version is not held against the plan's."""
+    from pipeline.storage import disk, s3
+
+    read, open_ = s3.S3.read, disk.Disk.open
+    s3.S3.read = lambda self, uri, start, stop, expect: read(self, uri, start, stop, None)  # type: ignore[method-assign]
+    disk.Disk.open = lambda self, uri, expect: open_(self, uri, None)  # type: ignore[method-assign]
+
+
+def _identity() -> None:
+    from pipeline import commit
+
+    commit.check_same_run = lambda *_: None
+
+
+def _retries() -> None:
+    from pipeline.storage.faults import Patience
+
+    Patience.after = lambda self, attempt, fault: None  # type: ignore[method-assign]
+
+
+def _hidden_temporaries() -> None:
+    """A file is written under its own name."""
+    from pipeline.storage import disk
+
+    def write_in_place(self: disk.Disk, uri: str, data: bytes) -> None:
+        with disk._errors(uri):
+            disk._make_folders(Path(uri).parent)
+            disk._write_synced(Path(uri), data, uri)
+
+    disk.Disk.create = write_in_place  # type: ignore[method-assign]
+
+
+SAFEGUARDS = {
+    "create-once": Safeguard("no object is ever written over", _create_once, STORES, chaos=True),
+    "probe": Safeguard("a store that ignores conditions is refused", _probe, JOBS),
+    "look": Safeguard("after an unknown outcome, the store is asked what is there", _look, JOBS),
+    "412-is-done": Safeguard("an object that is there already is a success", _412_is_done, JOBS, chaos=True),
+    "names": Safeguard("a part's name depends on what it covers and the identity alone", _names, JOBS, chaos=True),
+    "checksums": Safeguard("a changed byte of a part is found", _checksums, ("tests/test_verify.py",)),
+    "record-digests": Safeguard("a changed record is found", _record_digests, ("tests/test_verify.py",)),
+    "lengths": Safeguard("a short body is never taken for a whole one", _lengths, (*STORES, *JOBS)),
+    "pins": Safeguard("an input that changed since its plan is not read", _pins, (*STORES, "tests/test_driver.py")),
+    "identity": Safeguard("another run's output is not resumed", _identity, (*JOBS, "tests/test_driver.py")),
+    "retries": Safeguard("what passes is waited for", _retries, (*STORES, *JOBS)),
+    "temporaries": Safeguard("a file has its name only when it is whole", _hidden_temporaries, STORES, chaos=True),
+}  # fmt: skip
+
+
+# ---- a pytest plugin ---------------------------------------------------------------------------------------------
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--without", choices=list(SAFEGUARDS), help="turn this safeguard off")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if name := config.getoption("--without"):
+        SAFEGUARDS[name].turn_off()
+
+
+# ---- all of them -------------------------------------------------------------------------------------------------
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m tests.chaos.safeguards")
+    parser.add_argument("names", nargs="*", default=list(SAFEGUARDS), metavar="NAME")
+    parser.add_argument("--out", type=Path)
+    arguments = parser.parse_args()
+    started = time.monotonic()
+    missed = {name: _tests_that_miss(name) for name in arguments.names}
+    unheld = [name for name, red in missed.items() if not red]
+    if arguments.out:
+        table = {name: {"promise": SAFEGUARDS[name].promise, "red": red} for name, red in missed.items()}
+        arguments.out.write_text(json.dumps(table, indent=1) + "\n")
+    held = len(missed) - len(unheld)
+    print(f"safeguards: {held} of {len(missed)} turned off make a test fail, {time.monotonic() - started:.0f} s")
+    return 1 if unheld else 0
+
+
+def _tests_that_miss(name: str) -> list[str]:
+    """The tests that are green with everything on, and red without this."""
+    safeguard = SAFEGUARDS[name]
+    red = sorted(_red(name, safeguard.tests) - _red("", safeguard.tests))
+    if safeguard.chaos:
+        red += _chaos_problems(name)
+    print(f"without {name} ({safeguard.promise}): {len(red)} red", *red[:6], sep="\n    ", flush=True)
+    return red
+
+
+_GREEN: dict[tuple[str, tuple[str, ...]], set[str]] = {}
+
+
+def _red(without: str, files: tuple[str, ...]) -> set[str]:
+    """Remembered for the run with everything on, which several safeguards share."""
+    if (without, files) not in _GREEN:
+        command = [sys.executable, "-m", "pytest", "-q", "--tb=no", "-rfE", "-p", "no:cacheprovider", "--timeout=120"]
+        command += ["-m", "not slow and not realstore", "-p", "tests.chaos.safeguards", *files]
+        ran = _run([*command, *(["--without", without] if without else [])])
+        if ran.returncode not in (0, 1):
+            raise SystemExit(f"pytest ended with {ran.returncode}:\n{ran.stdout[-2000:]}{ran.stderr[-2000:]}")
+        told = re.findall(r"^(?:FAILED|ERROR) (\S+\.py::.*?)(?: - .*)?$", ran.stdout, re.MULTILINE)
+        _GREEN[without, files] = set(told)
+    return _GREEN[without, files]
+
+
+def _chaos_problems(without: str) -> list[str]:
+    """What the chaos suite found, once for each sort of problem."""
+    ran = _run([sys.executable, "-m", "tests.chaos", "--each", "3", "--without", without])
+    told = re.findall(r"^FAILED (\w+) on (\w+)", ran.stdout, re.MULTILINE)
+    return sorted({f"chaos: {kind} on {store}" for kind, store in told})
+
+
+def _run(command: list[str]) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=1200)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
