@@ -1,8 +1,9 @@
-"""Speed of models and of decoding beside transformers and Pillow -> tables on stdout, and a file for each.
+"""Speed of models, decoding and whole jobs beside what people use instead -> tables on stdout, and a file for each.
 
-    python -m infra.bench [models|decode ...] [--quick] [--threads 2] [--rounds 5] [--only bit-50 ...] [--out FOLDER]
+    python -m infra.bench [SUITE ...] [--quick] [--threads 2] [--rounds 5] [--only bit-50 ...] [--out FOLDER]
 
-Without a name, both. `--quick` is for looking whether it works: one round, small batches, results to out/bench.
+Without a name, all. `--quick` is for looking whether it works: one round, small batches, results to out/bench.
+`python -m infra.bench gpu --help` tells of the suite for one GPU, which is not among all.
 Exit status 1 where a contestant does not give what the reference gives; a floor that is not reached is printed.
 """
 
@@ -13,17 +14,26 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from infra.bench import decode, models
+from infra.bench import decode, efficiency, end_to_end, gpu, growth, models
 from infra.bench.contest import Rules
 from infra.bench.report import Report
 
-SUITES: dict[str, Callable[[Rules, int, Sequence[str]], Report]] = {"models": models.report, "decode": decode.report}
+SUITES: dict[str, Callable[[Rules, int, Sequence[str]], Report]] = {
+    "models": models.report,
+    "decode": decode.report,
+    "end_to_end": end_to_end.report,
+    "efficiency": efficiency.report,
+    "growth": growth.report,
+}
 RESULTS = Path(__file__).parent / "results"
 QUICK_RESULTS = Path("out/bench")
 
 
 def main(arguments: list[str] | None = None) -> int:
-    options = _options(arguments)
+    given = sys.argv[1:] if arguments is None else arguments
+    if given[:1] == ["gpu"]:  # for a machine that has one, with options of its own
+        return gpu.main(given[1:])
+    options = _options(given)
     rules = Rules(rounds=1, round_s=0.0, quick=True) if options.quick else Rules(rounds=options.rounds)
     folder: Path = options.out or (QUICK_RESULTS if options.quick else RESULTS)
     good = True
@@ -37,7 +47,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _options(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("suites", nargs="*", metavar="models|decode")
+    parser.add_argument("suites", nargs="*", metavar="|".join(SUITES))
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--threads", type=int, default=2, help="of each model; decoding is always measured with one")
     parser.add_argument("--rounds", type=int, default=5, help="undisturbed rounds whose median is taken")

@@ -83,13 +83,13 @@ class Record:
 
 def compete(contestants: Mapping[str, Prepare], rules: Rules) -> dict[str, Record]:
     """Each contestant's output and turns. Raises SystemExit where one of them fails; its traceback is on stderr."""
-    with _workers(contestants) as workers:
-        records = {name: Record(_received(name, connection)) for name, connection in workers.items()}
+    with workers(contestants) as started:
+        records = {name: Record(received(name, connection)) for name, connection in started.items()}
         calls = {}
-        for name, connection in workers.items():
+        for name, connection in started.items():
             calls[name] = max(1, math.ceil(rules.round_s / _turn(name, connection, 1).wall_s))
         for _ in range(rules.rounds * (1 if rules.quick else PATIENCE)):
-            for name, connection in workers.items():
+            for name, connection in started.items():
                 records[name].turns.append(_turn(name, connection, calls[name]))
             if all(record.clean >= rules.rounds for record in records.values()):
                 break
@@ -106,11 +106,11 @@ def progress(subject: str, records: Mapping[str, Record]) -> None:
 
 def _turn(name: str, connection: Connection, calls: int) -> Turn:
     connection.send(calls)
-    turn: Turn = _received(name, connection)
+    turn: Turn = received(name, connection)
     return turn
 
 
-def _received(name: str, connection: Connection) -> Any:
+def received(name: str, connection: Connection) -> Any:
     try:
         return connection.recv()
     except (EOFError, ConnectionError):
@@ -118,7 +118,7 @@ def _received(name: str, connection: Connection) -> Any:
 
 
 @contextmanager
-def _workers(contestants: Mapping[str, Prepare]) -> Iterator[dict[str, Connection]]:
+def workers(contestants: Mapping[str, Prepare]) -> Iterator[dict[str, Connection]]:
     """A started process for each contestant, with the connection to it."""
     context, processes, connections = multiprocessing.get_context("spawn"), [], {}
     try:
@@ -148,11 +148,11 @@ def _work(connection: Connection, prepare: Prepare) -> None:
 
 
 def _timed(call: Call, calls: int) -> Turn:
-    busy_s, cpu_s, start_s = _busy_s(), _cpu_s(), time.perf_counter()
+    all_s, cpu_s, start_s = busy_s(), _cpu_s(), time.perf_counter()
     for _ in range(calls):
         call()
-    wall_s, cpu_s, busy_s = time.perf_counter() - start_s, _cpu_s() - cpu_s, _busy_s() - busy_s
-    foreign = max(0.0, busy_s - cpu_s) / (wall_s * (os.cpu_count() or 1))
+    wall_s, cpu_s, all_s = time.perf_counter() - start_s, _cpu_s() - cpu_s, busy_s() - all_s
+    foreign = max(0.0, all_s - cpu_s) / (wall_s * (os.cpu_count() or 1))
     return Turn(wall_s / calls, cpu_s / calls, foreign)
 
 
@@ -162,7 +162,7 @@ def _cpu_s() -> float:
     return usage.ru_utime + usage.ru_stime
 
 
-def _busy_s() -> float:
+def busy_s() -> float:
     """What all processors have done since boot, with what the host took from them; 0 where that is not told."""
     try:
         first = Path("/proc/stat").read_text().splitlines()[0].split()

@@ -1,56 +1,47 @@
-"""JPEG bytes to the uint8 crop that LeViT takes (short side 256, centre 224) beside Pillow and transformers; images per
-second of one core.
+"""JPEG bytes to the uint8 crop that LeViT takes (short side 256, centre 224), `exact` and `fast`, beside Pillow,
+transformers, and OpenCV and torchvision where they are installed; images per second of one core.
 
-* The images are generated: crops of the photographs that the demo uses, in random sizes and encodings, with the grain
-  of a sensor. The same seed gives the same files.
 * transformers' processor gives normalised float32, which is what its users feed; the others stop at uint8.
+* Images per second and ratios are of CPU seconds: each contestant has one thread, and a core is what is paid for.
+* How far `fast` moves embeddings of trained models is measured too (infra/bench/drift.py).
 """
 
 from __future__ import annotations
 
 import io
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from importlib.util import find_spec
+from typing import Literal
 
 import numpy as np
 from PIL import Image
 
-from infra.bench import machine
+from infra.bench import drift, machine
 from infra.bench.contest import HOW, Array, Call, Record, Rules, compete, progress
+from infra.bench.jpegs import ImageSet, describe, generate
 from infra.bench.report import Bar, Report
 
-
-@dataclass(frozen=True)
-class ImageSet:
-    """Images to generate, and the least that ours must be ahead, by contestant."""
-
-    name: str
-    count: int
-    size: tuple[int, int]  # width and height, the mean where they are spread
-    spread: float  # of each side, as a share of it
-    grain: float  # standard deviation of the noise
-    quality: tuple[int, int]
-    floors: Mapping[str, float] = field(default_factory=dict)
-
-
-PILLOW, TRANSFORMERS, OURS = "Pillow", "transformers, PIL processor", "ours"
+PILLOW, TRANSFORMERS, OURS, FAST = "Pillow", "transformers, PIL processor", "ours", "ours, fast"
 SETS = (
-    ImageSet("imagenet-like", 96, (420, 375), 0.2, 10.0, (85, 96), {PILLOW: 1.6, TRANSFORMERS: 2.4}),
-    ImageSet("1600x1200", 12, (1600, 1200), 0.0, 7.0, (85, 96), {PILLOW: 2.0}),
-)
-SUBSAMPLING = ("4:2:0", "4:4:4", "4:2:2")
-TOLERANCE = 2  # of 255, from Pillow: torch's resize rounds in another order
+    ImageSet(
+        "imagenet-like", 96, (420, 375), 0.2, 10.0, (85, 96),
+        {(OURS, PILLOW): 1.6, (OURS, TRANSFORMERS): 2.4, (FAST, OURS): 0.97},
+    ),
+    ImageSet("1600x1200", 12, (1600, 1200), 0.0, 7.0, (85, 96), {(OURS, PILLOW): 2.0, (FAST, PILLOW): 2.7}),
+    ImageSet("12-megapixel", 3, (4032, 3024), 0.0, 5.0, (80, 92)),
+)  # fmt: skip
 EDGE, SIDE = 256, 224
 COLUMNS = (
     "image set",
-    "images/s",
+    "images/s/core",
     "CPU ms/image",
     "x Pillow",
     "x transformers",
     "floor",
     "largest difference",
+    "mean",
     "turns",
 )
 
@@ -61,35 +52,37 @@ def report(rules: Rules, threads: int, only: Sequence[str], sets: Sequence[Image
     for images in sets:
         if only and images.name not in only:
             continue
-        count = 2 if rules.quick else images.count
+        count = min(2, images.count) if rules.quick else images.count
         files = generate(images, count)
-        measured = compete({name: partial(prepare, name, files) for name in CONTESTANTS}, rules)
+        measured = compete({one.name: partial(prepare, one.name, files) for one in contestants()}, rules)
         rows += table(images, measured, count)
         bars += bars_of(images, measured)
         progress(images.name, measured)
-        agrees = agrees and all(differs(measured, name) <= TOLERANCE for name in CONTESTANTS)
+        agrees = agrees and all(differs(measured, one).max() <= one.tolerance for one in contestants())
         seen.append(f"{images.name}: {describe(files)}")
+    drifts = drift.measure(8 if rules.quick else drift.CROPS)
     about = [
         f"{machine.cpu()}; load average {load_at_start} at the start, {machine.load()} at the end",
         machine.versions(("pillow", "simplejpeg", "torch", "transformers", "numpy")),
         *seen,
-        f"one thread, medians of {rules.rounds} turns of at least {rules.round_s:g} s",
+        *(f"{one.name}: not measured, no {one.needs} here" for one in CONTESTANTS if not one.is_installed),
+        f"one thread, CPU seconds, medians of {rules.rounds} turns of at least {rules.round_s:g} s",
         HOW,
-        "`our allocator settings` are those that our workers set for themselves; the floors are for `ours` without",
-        "`largest difference` from Pillow of this run, in levels of 255",
+        "`our allocator settings` are those that our workers set for themselves; the floors are for those without",
+        "differences are from Pillow of this run, in levels of 255; OpenCV's filters are others, or do not average",
     ]
     title = "JPEG bytes to the model's crop, one core"
-    return Report("decode", title, about, COLUMNS, rows, bars, agrees)
+    return Report("decode", title, about, COLUMNS, rows, bars, agrees, notes=[drift.markdown(drifts)])
 
 
 def prepare(name: str, files: Sequence[bytes]) -> Call:
     """Runs in the contestant's own process."""
-    name, _, allocator = name.partition(", our")
-    if allocator:
+    one = next(one for one in CONTESTANTS if one.name == name)
+    if one.allocator:
         from pipeline.embed import keep_freed_memory
 
         keep_freed_memory()
-    return _MAKERS[name](files)
+    return one.make(files)
 
 
 def _pillow(files: Sequence[bytes]) -> Call:
@@ -117,18 +110,53 @@ def _transformers(files: Sequence[bytes]) -> Call:
     return call
 
 
-def _ours(files: Sequence[bytes]) -> Call:
+def _torchvision(files: Sequence[bytes]) -> Call:
+    """transformers' default where torchvision is installed."""
+    import torch
+    from transformers import LevitImageProcessor
+
+    torch.set_num_threads(1)
+    processor = LevitImageProcessor()
+
+    def call() -> Array:
+        images = [Image.open(io.BytesIO(file)).convert("RGB") for file in files]
+        normalised: Array = processor(images, return_tensors="pt")["pixel_values"].numpy()
+        return normalised
+
+    return call
+
+
+def _opencv(files: Sequence[bytes], filter_name: str) -> Call:
+    import cv2
+
+    cv2.setNumThreads(1)
+    interpolation = getattr(cv2, filter_name)
+
+    def crop(file: bytes) -> Array:
+        image = cv2.cvtColor(cv2.imdecode(np.frombuffer(file, np.uint8), cv2.IMREAD_COLOR), cv2.COLOR_BGR2RGB)
+        short = min(image.shape[:2])
+        height, width = (int(EDGE * side / short) for side in image.shape[:2])
+        top, left = (height - SIDE) // 2, (width - SIDE) // 2
+        resized: Array = cv2.resize(image, (width, height), interpolation=interpolation)
+        return resized[top : top + SIDE, left : left + SIDE]
+
+    return lambda: np.stack([crop(file) for file in files])
+
+
+def _ours(files: Sequence[bytes], mode: Literal["exact", "fast"]) -> Call:
     import torch
 
     from pipeline.decode import decode
     from pipeline.preprocess import Preprocessor, read_settings
     from pipeline.schema import Bad
+    from pipeline.shrink import shrink_for
 
     torch.set_num_threads(1)
     cropper = Preprocessor(read_settings(None, "LevitImageProcessor"))
+    shrink = partial(shrink_for, [cropper.settings]) if mode == "fast" else None
 
     def crop(file: bytes, out: Array) -> None:
-        pixels = decode(file)
+        pixels = decode(file, shrink=shrink)
         assert not isinstance(pixels, Bad), pixels
         cropper(pixels, out)
 
@@ -141,79 +169,86 @@ def _ours(files: Sequence[bytes]) -> Call:
     return call
 
 
-_MAKERS: dict[str, Callable[[Sequence[bytes]], Call]] = {PILLOW: _pillow, TRANSFORMERS: _transformers, OURS: _ours}
-CONTESTANTS = (PILLOW, f"{PILLOW}, our allocator settings", TRANSFORMERS, OURS, f"{OURS}, our allocator settings")
+@dataclass(frozen=True)
+class Contestant:
+    """One way from files to crops; `tolerance` is how far from Pillow's it may be, in levels."""
+
+    name: str
+    make: Callable[[Sequence[bytes]], Call]
+    tolerance: float
+    allocator: bool = False
+    normalises: bool = False
+    needs: str = "numpy"
+
+    @property
+    def is_installed(self) -> bool:
+        return find_spec(self.needs) is not None
 
 
-def generate(images: ImageSet, count: int, seed: int = 0) -> list[bytes]:
-    """JPEG files: a tenth grey or progressive, most with halved colour, as photographs on the web are."""
-    from infra.demo.photos import PHOTOS
-
-    random, photos = np.random.default_rng(seed), [photo.pixels() for photo in PHOTOS]
-    return [_one(images, photos[index % len(photos)], random) for index in range(count)]
-
-
-def _one(images: ImageSet, photo: Array, random: np.random.Generator) -> bytes:
-    width, height = (round(side * random.uniform(1 - images.spread, 1 + images.spread)) for side in images.size)
-    source = _crop(Image.fromarray(photo), width / height, random).resize((width, height), Image.Resampling.LANCZOS)
-    grain_HWC = random.normal(0, images.grain, (height, width, 3))
-    image = Image.fromarray((np.asarray(source) * random.uniform(0.8, 1.1) + grain_HWC).clip(0, 255).astype(np.uint8))
-    if random.random() < 0.02:
-        image = image.convert("L")
-    options: dict[str, Any] = {"quality": int(random.integers(*images.quality, endpoint=True))}
-    options |= {"subsampling": str(random.choice(SUBSAMPLING, p=[0.6, 0.35, 0.05]))} if image.mode == "RGB" else {}
-    file = io.BytesIO()
-    image.save(file, "JPEG", progressive=bool(random.random() < 0.06), **options)
-    return file.getvalue()
+ROUNDING = 2  # torch's resize rounds in another order than Pillow's
+ANY = float("inf")
+MEMORY = "our allocator settings"
+_EXACT, _FAST = partial(_ours, mode="exact"), partial(_ours, mode="fast")
+CONTESTANTS = (
+    Contestant(PILLOW, _pillow, 0),
+    Contestant(f"{PILLOW}, {MEMORY}", _pillow, 0, allocator=True),
+    Contestant(TRANSFORMERS, _transformers, ROUNDING, normalises=True),
+    Contestant("transformers, torchvision processor", _torchvision, ROUNDING, normalises=True, needs="torchvision"),
+    Contestant("OpenCV, INTER_AREA", partial(_opencv, filter_name="INTER_AREA"), ANY, needs="cv2"),
+    Contestant("OpenCV, INTER_LINEAR", partial(_opencv, filter_name="INTER_LINEAR"), ANY, needs="cv2"),
+    Contestant(OURS, _EXACT, ROUNDING),
+    Contestant(f"{OURS}, {MEMORY}", _EXACT, ROUNDING, allocator=True),
+    Contestant(FAST, _FAST, drift.MOST_LEVELS),
+    Contestant(f"{FAST}, {MEMORY}", _FAST, drift.MOST_LEVELS, allocator=True),
+)
 
 
-def _crop(photo: Image.Image, aspect: float, random: np.random.Generator) -> Image.Image:
-    """A random part of that shape, half to all of what fits."""
-    width = min(photo.width, photo.height * aspect) * random.uniform(0.5, 1)
-    left, top = random.uniform(0, photo.width - width), random.uniform(0, photo.height - width / aspect)
-    return photo.crop((round(left), round(top), round(left + width), round(top + width / aspect)))
-
-
-def describe(files: Sequence[bytes]) -> str:
-    sizes = [Image.open(io.BytesIO(file)).size for file in files]
-    width, height = (round(float(np.mean(sides))) for sides in zip(*sizes, strict=True))
-    kilobytes = np.mean([len(file) for file in files]) / 1000
-    return f"{len(files)} generated JPEGs of {width}x{height} and {kilobytes:.0f} kB in the mean"
+def contestants() -> list[Contestant]:
+    return [one for one in CONTESTANTS if one.is_installed]
 
 
 def table(images: ImageSet, measured: Mapping[str, Record], count: int) -> list[Sequence[str]]:
-    pillow_s, transformers_s = measured[PILLOW].wall_s, measured[TRANSFORMERS].wall_s
+    pillow_s, transformers_s = measured[PILLOW].cpu_s, measured[TRANSFORMERS].cpu_s
     rows = [[f"**{images.name}**", *[""] * (len(COLUMNS) - 1)]]
-    for name in CONTESTANTS:
-        record = measured[name]
-        floors = ", ".join(f"{floor:g} x {rival.partition(',')[0]}" for rival, floor in images.floors.items())
+    for one in contestants():
+        record, difference = measured[one.name], differs(measured, one)
+        floors = [f"{floor:g} x {_short(rival)}" for (name, rival), floor in images.floors.items() if name == one.name]
         rows.append(
             [
-                name,
-                f"{count / record.wall_s:.0f}",
+                one.name,
+                f"{count / record.cpu_s:.0f}",
                 f"{record.cpu_s / count * 1e3:.2f}",
-                f"{pillow_s / record.wall_s:.2f}",
-                f"{transformers_s / record.wall_s:.2f}",
-                floors if name == OURS else "",
-                f"{differs(measured, name):.0f}",
+                f"{pillow_s / record.cpu_s:.2f}",
+                f"{transformers_s / record.cpu_s:.2f}",
+                ", ".join(floors),
+                f"{difference.max():.0f}",
+                f"{difference.mean():.3f}",
                 f"{record.clean} of {len(record.turns)}",
             ]
         )
     return list(rows)
 
 
+def _short(name: str) -> str:
+    return "exact" if name == OURS else name.partition(",")[0]
+
+
 def bars_of(images: ImageSet, measured: Mapping[str, Record]) -> list[Bar]:
-    ours_s = measured[OURS].wall_s
     return [
-        Bar(f"{images.name}, x {rival.partition(',')[0]}", measured[rival].wall_s / ours_s, floor)
-        for rival, floor in images.floors.items()
+        Bar(f"{images.name}, {_mode(name)}, x {_short(rival)}", measured[rival].cpu_s / measured[name].cpu_s, floor)
+        for (name, rival), floor in images.floors.items()
     ]
 
 
-def differs(measured: Mapping[str, Record], name: str) -> float:
-    """Largest difference from Pillow, in levels."""
-    reference_BHWC, crops_BHWC = measured[PILLOW].output.astype(np.float32), measured[name].output
-    if name == TRANSFORMERS:
+def _mode(name: str) -> str:
+    return "fast" if name == FAST else "exact"
+
+
+def differs(measured: Mapping[str, Record], one: Contestant) -> Array:
+    """Differences from Pillow, in levels."""
+    reference_BHWC, crops_BHWC = measured[PILLOW].output.astype(np.float32), measured[one.name].output
+    if one.normalises:
         mean, std = np.array([0.485, 0.456, 0.406]), np.array([0.229, 0.224, 0.225])
         crops_BHWC = np.rint((crops_BHWC.transpose(0, 2, 3, 1) * std + mean) * 255)
-    return float(np.abs(crops_BHWC - reference_BHWC).max())
+    difference: Array = np.abs(crops_BHWC - reference_BHWC)
+    return difference

@@ -19,6 +19,11 @@ def cpu() -> str:
     return f"{model}, {os.cpu_count()} cores, {units or platform.machine()}"
 
 
+def multiplies_bfloat16() -> bool:
+    """Whether the processor has matrix units for it, which is where bfloat16 is what `dtype: auto` means."""
+    return "amx_bf16" in _cpuinfo("flags").split()
+
+
 def versions(packages: Iterable[str]) -> str:
     return ", ".join([f"Python {platform.python_version()}", *(f"{name} {version(name)}" for name in packages)])
 

@@ -90,9 +90,11 @@ def report(rules: Rules, threads: int, only: Sequence[str], subjects: Sequence[S
         HOW,
         "transformers runs as `from_pretrained` leaves it: eager, SDPA, the C library's own allocator settings; a "
         "second row has those that our workers set for themselves",
+        "floors of bfloat16 are for processors with matrix units for it (AMX)",
         "`largest difference` from transformers float32 of this run, relative to the largest value",
     ]
-    name = "models" if threads == 2 else f"models-{threads}-threads"
+    name = "models" + ("" if machine.multiplies_bfloat16() else "-without-amx")
+    name += "" if threads == 2 else f"-{threads}-threads"
     return Report(name, f"Models beside transformers, {threads} threads", about, COLUMNS, rows, bars, agrees)
 
 
@@ -176,7 +178,7 @@ def table(subject: Subject, measured: Mapping[str, Record], batch: int) -> list[
                 f"{base.wall_s / record.wall_s:.2f}",
                 f"{tuned.wall_s / record.wall_s:.2f}",
                 f"{base.cpu_s / record.cpu_s:.2f}",
-                f"{subject.floors[one.dtype]:g}" if one.ours else "",
+                f"{subject.floors[one.dtype]:g}" if asked(one) else "",
                 f"{differs(measured, one):.1e}",
                 f"{record.clean} of {len(record.turns)}",
             ]
@@ -189,8 +191,13 @@ def bars_of(subject: Subject, measured: Mapping[str, Record]) -> list[Bar]:
     return [
         Bar(f"{subject.name} {one.dtype}", base_s / measured[one.name].wall_s, subject.floors[one.dtype])
         for one in CONTESTANTS
-        if one.ours
+        if asked(one)
     ]
+
+
+def asked(one: Contestant) -> bool:
+    """Whether there is a floor for it on this processor."""
+    return one.ours and (one.dtype == "float32" or machine.multiplies_bfloat16())
 
 
 def differs(measured: Mapping[str, Record], one: Contestant) -> float:

@@ -53,7 +53,7 @@ class Report:
         missed = [f"{bar.label}: {bar.ratio:.2f} of {bar.floor:g}" for bar in self.bars if not bar.reached]
         agree = "" if self.agrees else " **Outputs do not agree: see the differences above.**"
         floors = f"Below the floor: {'; '.join(missed)}." if missed else "Every floor is reached."
-        return floors + agree
+        return (floors if self.bars else "No floor was asked.") + agree
 
 
 ROW, LEFT, RIGHT, TOP = 26, 250, 70, 58
@@ -66,7 +66,7 @@ def draw(title: str, bars: Sequence[Bar], width: int = 860) -> Image.Image:
     pen, font = ImageDraw.Draw(image), ImageFont.load_default(size=13)
     pen.text((12, 10), title, fill=INK, font=ImageFont.load_default(size=17))
     pen.text((12, 34), "times as fast; the line is the floor", fill=GREY, font=font)
-    scale = (width - LEFT - RIGHT) / max(max(bar.ratio, bar.floor) for bar in bars)
+    scale = (width - LEFT - RIGHT) / max((max(bar.ratio, bar.floor) for bar in bars), default=1.0)
     for row, bar in enumerate(bars):
         top = TOP + ROW * row
         pen.text((LEFT - 10, top + 3), bar.label, fill=INK, font=font, anchor="ra")

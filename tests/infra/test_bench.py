@@ -75,15 +75,31 @@ def measured(ours_float32: float = 1.0) -> dict[str, Record]:
     }
 
 
-def test_ratios_are_to_both_of_transformers_columns() -> None:
+@pytest.fixture(params=[True, False], ids=["matrix units", "none"])
+def units(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """Whether the processor multiplies matrices of bfloat16, whichever this one is."""
+    monkeypatch.setattr(models.machine, "multiplies_bfloat16", lambda: request.param)
+    return bool(request.param)
+
+
+def test_ratios_are_to_both_of_transformers_columns(units: bool) -> None:
     rows = {row[0]: row[1:] for row in models.table(models.SUBJECTS[0], measured(), batch=32)}
-    assert rows["ours bfloat16"] == ["32.0", "62.50", "8.00", "4.00", "8.00", "4.3", "0.0e+00", "1 of 1"]
+    assert rows["ours bfloat16"] == [
+        "32.0",
+        "62.50",
+        "8.00",
+        "4.00",
+        "8.00",
+        "4.3" if units else "",
+        "0.0e+00",
+        "1 of 1",
+    ]
     assert rows["transformers bfloat16, our allocator settings"][2:4] == ["4.00", "2.00"]
 
 
-def test_bars_know_their_floor() -> None:
+def test_bars_know_their_floor(units: bool) -> None:
     bars = models.bars_of(models.SUBJECTS[0], measured())
-    assert [(bar.ratio, bar.reached) for bar in bars] == [(2.0, True), (8.0, True)]
+    assert [(bar.ratio, bar.reached) for bar in bars] == [(2.0, True), (8.0, True)][: 1 + units]
     assert not Bar("x", 1.04, 1.05).reached
 
 
@@ -107,9 +123,11 @@ def test_a_page_names_what_is_below_its_floor(tmp_path: Path) -> None:
 def test_every_floor_is_issue_threes() -> None:
     floors = [(subject.floors["float32"], subject.floors["bfloat16"]) for subject in models.SUBJECTS]
     assert floors == [(1.9, 4.3), (1.7, 5.3), (2.2, 9.0), (1.05, 4.8), (1.1, 5.3)]
+    ours, fast, pillow, transformers = decode.OURS, decode.FAST, decode.PILLOW, decode.TRANSFORMERS
     assert [images.floors for images in decode.SETS] == [
-        {decode.PILLOW: 1.6, decode.TRANSFORMERS: 2.4},
-        {decode.PILLOW: 2},
+        {(ours, pillow): 1.6, (ours, transformers): 2.4, (fast, ours): 0.97},
+        {(ours, pillow): 2, (fast, pillow): 2.7},
+        {},
     ]
 
 
@@ -131,11 +149,11 @@ def test_an_unknown_suite_is_misuse() -> None:
 
 
 @pytest.mark.slow
-def test_models_from_checkpoint_to_page(tmp_path: Path) -> None:
+def test_models_from_checkpoint_to_page(tmp_path: Path, units: bool) -> None:
     made = models.report(QUICK, 1, [], [TINY_LEVIT])
-    assert made.agrees and [bar.reached for bar in made.bars] == [True, False]
+    assert made.agrees and [bar.reached for bar in made.bars] == [True, False][: 1 + units]
     page, _ = made.write(tmp_path)
-    assert page.name == "models-1-threads.md"
+    assert page.name == f"models{'' if units else '-without-amx'}-1-threads.md"
     assert all(f"| {one.name} |" in page.read_text() for one in models.CONTESTANTS)
 
 
@@ -143,5 +161,7 @@ def test_models_from_checkpoint_to_page(tmp_path: Path) -> None:
 def test_decoding_from_the_command_line(tmp_path: Path) -> None:
     assert main(["decode", "--quick", "--only", "imagenet-like", "--out", str(tmp_path)]) == 0
     page = (tmp_path / "decode.md").read_text()
-    assert all(f"| {name} |" in page for name in decode.CONTESTANTS) and "1600x1200" not in page
+    assert all((f"| {one.name} |" in page) == one.is_installed for one in decode.CONTESTANTS)
+    assert all((f"{one.name}: not measured" in page) != one.is_installed for one in decode.CONTESTANTS)
+    assert "1600x1200" not in page and "| levit-photos, fast |" in page
     assert Image.open(tmp_path / "decode.png").format == "PNG"

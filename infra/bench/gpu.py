@@ -1,0 +1,404 @@
+"""How well one GPU is kept busy: the model alone, fed from memory, fed from shards -> images/s, and what NVML says.
+
+    python -m infra.bench gpu [--device cuda] [--seconds 10] [--only levit-128S ...] [--out FOLDER]     make bench-gpu
+
+    model only    uint8 crops that lie on the device already, batch after batch, as a CUDA graph where that pays
+    decoding      JPEG bytes in memory -> uint8 crops, by all workers, without a model
+    memory        JPEG bytes in memory -> crops -> columns of the result, by the local runner's own threads
+    processes     the same, decoded by processes: what Ray does, without its object store
+    shards        tars -> committed Parquet, a whole job of the local runner
+
+* bfloat16 and channels last, random weights; batch sizes as `batch_size: auto` finds them.
+* A GPU is fed where decoding is faster than the model: the floor is 90 % of the slower of both.
+* `--device cpu` runs the same code without a GPU, to see that it works.
+* A machine without this project needs torch, pyarrow, numpy, Pillow, scikit-image, scikit-learn, fsspec, PyYAML and
+  safetensors, and as wheels, with what they depend on, pydantic and simplejpeg: `pip download --only-binary :all:` for
+  its Python, there `pip install --no-index --find-links FOLDER --target SITE`, and SITE in PYTHONPATH. Neither Ray nor
+  s3fs is needed. `python -m infra.bench.gpu` imports no other suite.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+import sys
+import tarfile
+import tempfile
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field, replace
+from functools import partial
+from io import BytesIO
+from itertools import cycle, islice
+from multiprocessing import get_context
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pyarrow as pa
+
+from infra.bench import machine
+from infra.bench.jpegs import ImageSet, describe, generate
+from infra.bench.report import Bar, Report
+from pipeline.batch import Batch, Embedded, Failed, Prepared, Work, cut
+from pipeline.job import JobSpec, parse_job
+from pipeline.read import PartLimits
+from pipeline.schema import Part, Piece, Reject, Row
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from pipeline.models.model import Model
+
+FLOOR = 0.9
+TOLERANCE = 0.15  # of the largest value, from float32 on the CPU: bfloat16 moves a random BiT by a tenth
+IMAGES = ImageSet("imagenet-like", 512, (420, 375), 0.2, 10.0, (85, 96))
+COLUMNS = ("model", "batch", "way", "images/s", "x model only", "x slower of model, decoding", "GPU busy", "difference")
+LOOK_S = 0.1  # between two looks at the GPU
+
+
+@dataclass(frozen=True)
+class Subject:
+    repo: str
+    output: str = "embedding"
+
+    @property
+    def name(self) -> str:
+        return self.repo.split("/")[-1]
+
+
+SUBJECTS = (
+    Subject("facebook/levit-128S"),
+    Subject("google/bit-50"),
+    Subject("facebook/vit-msn-small"),
+    Subject("microsoft/beit-base-patch16-224"),
+    Subject("microsoft/beit-large-patch16-384"),
+    Subject("microsoft/beit-base-finetuned-ade-640-640", "segmentation"),
+)
+
+
+@dataclass(frozen=True)
+class Settings:
+    device: str = "cuda"
+    dtype: str = "bfloat16"
+    seconds: float = 10.0  # of each way, at least
+    workers: int = field(default_factory=lambda: len(os.sched_getaffinity(0)))
+    images: int = IMAGES.count  # distinct
+
+
+@dataclass(frozen=True)
+class Rate:
+    images_per_s: float
+    busy: float | None = None  # share of the time in which the GPU computed, by NVML
+
+
+@dataclass(frozen=True)
+class Measured:
+    batch_size: int
+    rates: Mapping[str, Rate]  # by way
+    difference: float  # largest, from float32 on the CPU, relative to the largest value
+
+    def share(self, way: str, *of: str) -> float:
+        """Of the slowest of some other ways."""
+        return self.rates[way].images_per_s / min(self.rates[other].images_per_s for other in of)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cuda", help="cuda, or cpu to see that it works")
+    parser.add_argument("--seconds", type=float, default=Settings.seconds, help="of each way, at least")
+    parser.add_argument("--images", type=int, default=Settings.images, help="distinct JPEGs")
+    parser.add_argument("--only", nargs="+", default=[], metavar="MODEL")
+    parser.add_argument("--out", type=Path, default=Path("out/bench"), help="folder for the results")
+    options = parser.parse_args(arguments)
+    known = [subject.name for subject in SUBJECTS]
+    if unknown := sorted(set(options.only) - set(known)):
+        parser.error(f"unknown model {', '.join(unknown)}; known: {', '.join(known)}")
+    subjects = [subject for subject in SUBJECTS if not options.only or subject.name in options.only]
+    made = report(Settings(options.device, seconds=options.seconds, images=options.images), subjects)
+    print(made.markdown())
+    print(f"written: {', '.join(map(str, made.write(options.out)))}")
+    return 0 if made.agrees else 1
+
+
+def report(settings: Settings, subjects: Sequence[Subject] = SUBJECTS) -> Report:
+    files = generate(IMAGES, settings.images)
+    rows, bars, agrees = list[Sequence[str]](), list[Bar](), True
+    for subject in subjects:
+        measured = measure(subject, settings, files)
+        print(f"{subject.name}: {measured}", file=sys.stderr, flush=True)
+        rows += table(subject, measured)
+        bars += bars_of(subject, measured)
+        agrees = agrees and measured.difference <= TOLERANCE
+    about = [
+        f"{device_name(settings.device)}; {machine.cpu()}; {settings.workers} decoding workers",
+        machine.versions(("torch", "pyarrow", "numpy")),
+        f"{settings.dtype}, random weights; each way at least {settings.seconds:g} s; {describe(files)}",
+        "the floor is for the slower of the model alone and decoding alone: who outruns decoding cannot be fed",
+        "`difference`: the largest, of one batch, from float32 on the CPU, relative to the largest value",
+    ]
+    return Report("gpu", f"One worker's models, fed: {settings.device}", about, COLUMNS, rows, bars, agrees)
+
+
+def measure(subject: Subject, settings: Settings, files: Sequence[bytes]) -> Measured:
+    """Every way with the batch size that trying finds."""
+    from pipeline.batch_size import auto_batch_size
+    from pipeline.models import read_card
+
+    job = job_of(subject, settings, InMemory(tuple(files)))
+    cards = {subject.name: read_card(subject.repo, weights=WEIGHTS)}
+    batch_size = auto_batch_size(job, cards, settings.dtype, settings.device)
+    work = Work(job, cards, settings.dtype, settings.device, batch_size, threads=1)
+    rates = {
+        "model only": model_only(work, settings),
+        "decoding": decoding(work, settings),
+        "memory": from_memory(work, settings),
+        "processes": from_processes(work, settings),
+    }
+    most = min(rate.images_per_s for rate in rates.values())
+    rates["shards"] = from_shards(subject, settings, files, batch_size, int(most * settings.seconds))
+    return Measured(batch_size, rates, difference(work, settings))
+
+
+# ---- the ways ----------------------------------------------------------------------------------------------------
+
+
+def model_only(work: Work, settings: Settings) -> Rate:
+    """Launched in groups, so that neither the wait at their end nor the look at the clock costs anything."""
+    from pipeline.device import open_device
+    from pipeline.graphs import AFTER, Graphs
+
+    api = open_device(settings.device).api
+    model, pixels, wants = loaded(work, settings.dtype, settings.device, work.batch_size)
+    forward = partial(Graphs(api, work.batch_size), model) if api else model.forward_pixels
+    wait = api.synchronize if api else lambda: None
+    for _ in range(AFTER + 1 if api else 1):
+        forward(pixels, wants)
+    wait()
+    started, count, group = time.perf_counter(), 0, 1
+    with utilisation(settings.device) as busy:
+        while time.perf_counter() - started < settings.seconds:
+            for _ in range(group):
+                forward(pixels, wants)
+            wait()
+            count, group = count + group, min(group * 2, 16)
+        return Rate(count * work.batch_size / (time.perf_counter() - started), busy())
+
+
+def decoding(work: Work, settings: Settings) -> Rate:
+    from pipeline.embed import Preparer
+
+    with ThreadPoolExecutor(settings.workers) as pool:
+        return counted(ahead(pool, Preparer(work), batches(work), settings.workers), settings)
+
+
+def from_memory(work: Work, settings: Settings) -> Rate:
+    from pipeline import local
+
+    return counted(local.stream([EVERYTHING], work), settings)
+
+
+def from_processes(work: Work, settings: Settings) -> Rate:
+    """Processes decode, threads hold the device's lanes."""
+    from pipeline.device import LANES
+    from pipeline.embed import Embedder
+
+    embed, bare = Embedder(work), replace(work, job=work.job.model_copy(update={"input": InMemory(())}))
+    decoders = ProcessPoolExecutor(settings.workers, get_context("spawn"), initializer=_start, initargs=(bare,))
+    with decoders, ThreadPoolExecutor(LANES + 1) as pool:
+        prepared = ahead(decoders, _prepare, batches(work), settings.workers)
+        return counted(ahead(pool, embed, prepared, LANES + 1), settings)
+
+
+def from_shards(subject: Subject, settings: Settings, files: Sequence[bytes], batch_size: int, images: int) -> Rate:
+    """A whole job of about so many images; its rate is from its first result on."""
+    import pipeline
+
+    with tempfile.TemporaryDirectory() as folder:
+        write_shards(Path(folder), files, 2 * batch_size, images)
+        source = {"kind": "webdataset", "uris": [f"{folder}/*.tar"], "shards_per_part": 1}
+        job = job_of(subject, settings, source, f"{folder}/out", batch_size)
+        with utilisation(settings.device) as busy:
+            summary = pipeline.run(job, runner="local")
+            return Rate(summary.images_per_s, busy())
+
+
+def difference(work: Work, settings: Settings, images: int = 2) -> float:
+    """Largest, from float32 on the CPU, relative to the largest value; infinite where something is not finite."""
+    import torch
+
+    (model, pixels, wants), (reference, same, _) = (
+        loaded(work, dtype, device, images) for dtype, device in ((settings.dtype, settings.device), ("float32", "cpu"))
+    )
+    ours, theirs = model.forward_pixels(pixels, wants), reference.forward_pixels(same, wants)
+    shares = [float((ours[name].cpu() - theirs[name]).abs().max() / theirs[name].abs().max()) for name in wants]
+    return max(share if torch.tensor(share).isfinite() else float("inf") for share in shares)
+
+
+# ---- what they share ---------------------------------------------------------------------------------------------
+
+WEIGHTS = "random(0)"
+EVERYTHING = Part(0, (Piece("memory", 0, ""),))
+
+
+@dataclass(frozen=True)
+class InMemory:
+    """A source without end: the same files again and again under new keys."""
+
+    files: tuple[bytes, ...]
+    kind: str = "memory"
+
+    def plan(self, limits: PartLimits) -> Iterator[tuple[Piece, ...]]:
+        yield EVERYTHING.pieces
+
+    def read(self, part: Part) -> Iterator[Row | Reject]:
+        for number, file in enumerate(cycle(self.files)):
+            yield Row(number, f"{number:09d}", "memory", file)
+
+    def passthrough(self) -> pa.Schema:
+        return pa.schema([])
+
+
+def job_of(
+    subject: Subject, settings: Settings, source: Any, output: str = "out", batch_size: int | None = None
+) -> JobSpec:
+
+    resources = {"workers": settings.workers, "device": settings.device, "batch_size": batch_size or "auto"}
+    job = parse_job(
+        {
+            "input": source if isinstance(source, dict) else {"kind": "folder", "uris": ["unused"]},
+            "models": [{"model": subject.repo, "weights": WEIGHTS, "outputs": [{"kind": subject.output}]}],
+            "output": {"uri": output},
+            "dtype": settings.dtype,
+            "resources": resources,
+        }
+    )
+    return job if isinstance(source, dict) else job.model_copy(update={"input": source})
+
+
+def loaded(work: Work, dtype: str, device: str, images: int) -> tuple[Model, Tensor, frozenset[str]]:
+    """The model, some random crops on its device, and what the job wants of it."""
+    import torch
+
+    from pipeline.models import load_model
+
+    (wanted,) = work.job.models
+    model = load_model(wanted.model, weights=WEIGHTS, dtype=dtype, device=device)
+    torch.set_num_threads(work.threads)
+    shape, random = (images, *model.card.preprocess.size_HW, 3), torch.Generator().manual_seed(0)
+    pixels = torch.randint(0, 256, shape, dtype=torch.uint8, generator=random).to(model.device)
+    return model, pixels, frozenset[str]().union(*(output.wants(model.card) for output in wanted.outputs))
+
+
+def batches(work: Work) -> Iterator[Batch]:
+    for batch in cut(work.job.input, EVERYTHING, work.batch_size):
+        assert isinstance(batch, Batch), batch
+        yield batch
+
+
+def ahead(pool: Executor, call: Callable[[Any], Any], items: Iterable[Any], workers: int) -> Iterator[Any]:
+    """Results in order, two calls ahead for each worker."""
+    waiting: deque[Future[Any]] = deque()
+    for item in items:
+        waiting.append(pool.submit(call, item))
+        if len(waiting) > 2 * workers:
+            yield waiting.popleft().result()
+
+
+def counted(results: Iterator[Any], settings: Settings) -> Rate:
+    """Images per second, from when every worker has given something."""
+    for result in islice(results, settings.workers):
+        assert not isinstance(result, Failed), result
+    started, images = time.perf_counter(), 0
+    with utilisation(settings.device) as busy:
+        for result in results:
+            images += result.images if isinstance(result, Embedded) else len(result.rows)
+            if time.perf_counter() - started >= settings.seconds:
+                break
+        return Rate(images / (time.perf_counter() - started), busy())
+
+
+def _start(work: Work) -> None:
+    from pipeline.embed import Preparer, keep_freed_memory
+
+    global _prepare_here
+    keep_freed_memory()
+    _prepare_here = Preparer(work)
+
+
+_prepare_here: Callable[[Batch], Prepared]  # of a decoding process
+
+
+def _prepare(batch: Batch) -> Prepared:
+    return _prepare_here(batch)
+
+
+def write_shards(folder: Path, files: Sequence[bytes], per_shard: int, images: int) -> None:
+    """One tar of `per_shard` images, under as many names as make so many images."""
+    first = folder / "00000.tar"
+    with tarfile.open(first, "w") as tar:
+        for number, file in enumerate(islice(cycle(files), per_shard)):
+            member = tarfile.TarInfo(f"{number:06d}.jpg")
+            member.size = len(file)
+            tar.addfile(member, BytesIO(file))
+    for copy in range(1, max(1, images // per_shard)):
+        os.link(first, folder / f"{copy:05d}.tar")
+
+
+@contextmanager
+def utilisation(device: str) -> Iterator[Callable[[], float | None]]:
+    """What NVML says meanwhile; None without a GPU or without its Python package."""
+    seen, stop = list[int](), threading.Event()
+
+    def look() -> None:
+        import torch
+
+        with suppress(ModuleNotFoundError):
+            while not stop.wait(LOOK_S):
+                seen.append(torch.cuda.utilization(device))
+
+    thread = threading.Thread(target=look, daemon=True)
+    if device != "cpu":
+        thread.start()
+    try:
+        yield lambda: statistics.fmean(seen) / 100 if seen else None
+    finally:
+        stop.set()
+
+
+def device_name(device: str) -> str:
+    import torch
+
+    return "no GPU" if device == "cpu" else torch.cuda.get_device_name(device)
+
+
+# ---- the page ----------------------------------------------------------------------------------------------------
+
+
+def table(subject: Subject, measured: Measured) -> list[Sequence[str]]:
+    return [
+        (
+            f"**{subject.name}**",
+            str(measured.batch_size),
+            way,
+            f"{rate.images_per_s:,.0f}",
+            f"{measured.share(way, 'model only'):.2f}",
+            f"{measured.share(way, 'model only', 'decoding'):.2f}",
+            "" if rate.busy is None else f"{rate.busy:.0%}",
+            f"{measured.difference:.1e}" if way == "model only" else "",
+        )
+        for way, rate in measured.rates.items()
+    ]
+
+
+def bars_of(subject: Subject, measured: Measured) -> list[Bar]:
+    fed = ("memory", "processes", "shards")
+    return [Bar(f"{subject.name}, {way}", measured.share(way, "model only", "decoding"), FLOOR) for way in fed]
+
+
+if __name__ == "__main__":
+    sys.exit(main())
