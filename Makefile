@@ -4,9 +4,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: help demo test check check-style bench parity s3 clean
+.PHONY: help demo test check check-style chaos bench bench-gpu parity s3 clean
 help:  ## what can be made
-	@grep -hE '^[a-z0-9]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12
+	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12
 
 $(STAMP): pyproject.toml infra/constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -27,8 +27,17 @@ check-style: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-bench: $(STAMP)  ## side-by-side speed of models against the reference
+chaos: $(STAMP)  ## 1,000 seeded runs under kills, stops, full disks and failing stores; Ray's processes; each safeguard off
+	$(BIN)/python -m tests.chaos --runs 1000 --out tests/chaos/results/chaos.json
+	$(BIN)/python -m tests.chaos.on_ray --runs 9 --out tests/chaos/results/on_ray.json
+	$(BIN)/python -m tests.chaos.safeguards --out tests/chaos/results/safeguards.json
+
+bench: $(STAMP)  ## side-by-side speed of models, decoding and whole jobs against what people use instead (an hour)
+	$(BIN)/python -m pip install --quiet --constraint infra/constraints.txt --editable '.[bench]'
 	$(BIN)/python -m infra.bench
+
+bench-gpu: $(STAMP)  ## how well one GPU is kept busy: the model alone, fed from memory, fed from shards
+	$(BIN)/python -m infra.bench gpu --out infra/bench/results
 
 parity: $(STAMP)  ## every published model at full depth against the reference (15 minutes on 2 cores, 12 GB of memory)
 	$(BIN)/python -m tests.models.parity
