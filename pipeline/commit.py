@@ -31,7 +31,9 @@ from pipeline.write import DIGEST_KEY
 PLAN, RUN, MANIFEST, REJECTS, SUCCESS = (
     "_plan.parquet", "_run.json", "_manifest.parquet", "_rejects.parquet", "_SUCCESS",
 )  # fmt: skip
-PART_NAME = re.compile(r"model=(?P<model>[^/]+)/part-(?P<index>\d{6,})-(?P<id>[0-9a-f]{16})\.parquet")
+PART_NAME = re.compile(
+    r"model=(?P<model>[^/]+)/part-(?P<index>\d{6,})-(?P<id>[0-9a-f]{16})(-retry(?P<retry>[1-9]\d*))?\.parquet"
+)
 RECORDS = (PLAN, RUN, MANIFEST, REJECTS)
 PUT_TRIES = 8
 
@@ -50,13 +52,18 @@ class Footer:
     rows: int
     packed_rejects: str
     digest: bytes = b""  # SHA-256 of the file, with zeros in its place
+    generation: int = 0  # above 0: of a retry
+    packed_superseded: str = ""
 
     @property
     def rejects(self) -> tuple[dict[str, Any], ...]:
         """Unpacked each time: a driver may hold the footers of very many parts."""
-        if self.rows_in == self.rows:
-            return ()
-        return tuple(json.loads(zlib.decompress(base64.b64decode(self.packed_rejects))))
+        return () if self.rows_in == self.rows else _unpacked(self.packed_rejects)
+
+    @property
+    def superseded(self) -> tuple[dict[str, Any], ...]:
+        """Of a retry: the rejects, of its part's files before it, that stand no longer; they are its rows in."""
+        return _unpacked(self.packed_superseded) if self.packed_superseded else ()
 
 
 @dataclass(frozen=True)
@@ -83,7 +90,7 @@ class Output:
     def begin(self, identities: Mapping[str, Mapping[str, Any]], make_plan: Callable[[], Plan]) -> tuple[Plan, str]:
         """The frozen plan of this output and its hash: the stored one, or ours if we are first.
         Raises RunMismatch for an output of another run, or of something else."""
-        data = self._read(PLAN)
+        data = self.read(PLAN)
         if data is None:
             self._refuse_foreign_files()
             data = encode_plan(make_plan())
@@ -95,20 +102,24 @@ class Output:
 
     def record_run(self, record: Mapping[str, Any]) -> dict[str, Any]:
         """Create _run.json, or return the one that is there. Raises RunMismatch where its plan is not this one."""
+        return self.record(RUN, record)
+
+    def record(self, name: str, record: Mapping[str, Any]) -> dict[str, Any]:
+        """The same under any name."""
         data = seal(record)
-        if self.put_once(RUN, data) == "done":
-            data = self.store.read(join(self.uri, RUN))
+        if self.put_once(name, data) == "done":
+            data = self.store.read(join(self.uri, name))
         stored: dict[str, Any] = {name: value for name, value in json.loads(data).items() if name != SEAL}
         if stored.get("plan_sha256") != record["plan_sha256"]:
-            raise RunMismatch(f"{join(self.uri, RUN)} was written for another plan", hint="use another output.uri")
+            raise RunMismatch(f"{join(self.uri, name)} was written for another plan", hint="use another output.uri")
         return stored
 
     def run_record(self) -> dict[str, Any] | None:
-        data = self._read(RUN)
+        data = self.read(RUN)
         return None if data is None else json.loads(data)
 
     def stored_plan(self) -> Plan | None:
-        data = self._read(PLAN)
+        data = self.read(PLAN)
         return None if data is None else decode_plan(data)
 
     def files(self) -> dict[str, Entry]:
@@ -140,24 +151,24 @@ class Output:
                 return "done"
         raise OutcomeUnknown(f"{uri}: not created after {PUT_TRIES} tries: {last}", hint="run the same command again")
 
-    def succeed(self, totals: Mapping[str, Any]) -> None:
+    def succeed(self, totals: Mapping[str, Any], name: str = SUCCESS, records: Iterable[str] = RECORDS) -> None:
         """With a digest of every record, of which the manifest has one of every part."""
-        self.put_once(SUCCESS, seal({**totals, "files": self.digests(RECORDS)}))
+        self.put_once(name, seal({**totals, "files": self.digests(records)}))
 
     def digests(self, names: Iterable[str]) -> dict[str, str]:
         """SHA-256 of the files of these names that are there."""
-        found = {name: self._read(name) for name in names}
+        found = {name: self.read(name) for name in names}
         return {name: hashlib.sha256(data).hexdigest() for name, data in found.items() if data is not None}
 
-    def success(self) -> dict[str, Any] | None:
+    def success(self, name: str = SUCCESS) -> dict[str, Any] | None:
         """The totals of a job that has ended well."""
-        data = self._read(SUCCESS)
+        data = self.read(name)
         return None if data is None else json.loads(data)
 
     def last_meter(self, names: Iterable[str]) -> dict[str, Any]:
         """What the last session that worked here has measured, of these names in the output; {} where none has."""
         last = max((name for name in names if name.startswith(METER)), default=None)
-        data = None if last is None else self._read(last)
+        data = None if last is None else self.read(last)
         return {} if data is None else json.loads(data)
 
     def footers(
@@ -170,7 +181,8 @@ class Output:
         for name in names:
             yield name, known[name] if name in known else next(fetched)[1]
 
-    def _read(self, name: str) -> bytes | None:
+    def read(self, name: str) -> bytes | None:
+        """A file of this name in the output; None where there is none."""
         try:
             return self.store.read(join(self.uri, name))
         except NotFound:
@@ -214,7 +226,7 @@ def read_footer(store: Store, entry: Entry) -> Footer:
         data = store.read(entry.uri, entry.size_bytes - needed, entry.size_bytes)
     try:
         footer = parse_footer(pq.read_metadata(pa.BufferReader(data)))
-        _ = footer.rejects  # damage there is this file's, and told here
+        _ = footer.rejects, footer.superseded  # damage there is this file's, and told here
         return footer
     except (pa.ArrowException, KeyError, ValueError, zlib.error) as error:
         raise StorageError(f"{entry.uri}: its footer cannot be read: {error}") from None
@@ -229,7 +241,13 @@ def parse_footer(metadata: pq.FileMetaData) -> Footer:
         rows=metadata.num_rows,
         packed_rejects=said[b"img2parquet.rejects"].decode(),
         digest=bytes.fromhex(said[DIGEST_KEY].decode().removeprefix("sha256:")),
+        generation=int(said.get(b"img2parquet.generation", b"0")),
+        packed_superseded=said.get(b"img2parquet.superseded", b"").decode(),
     )
+
+
+def _unpacked(packed: str) -> tuple[dict[str, Any], ...]:
+    return tuple(json.loads(zlib.decompress(base64.b64decode(packed))))
 
 
 def seal(values: Mapping[str, Any]) -> bytes:

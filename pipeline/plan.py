@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -76,10 +76,22 @@ class Plan:
             for model, identity in self._hashes.items()
         }
 
+    def files(self) -> Iterator[tuple[str, Part, str]]:
+        """(model, part, name) of every file: those of the first part for each model, then those of the next."""
+        models = sorted(self.names)
+        for part, *names in zip(self.parts, *(self.names[model] for model in models), strict=True):
+            yield from ((model, part, name) for model, name in zip(models, names, strict=True))
+
     def names_by_part(self) -> Iterator[str]:
-        """All file names: those of the first part for each model, then those of the next."""
-        for of_part in zip(*(self.names[model] for model in sorted(self.names)), strict=True):
-            yield from of_part
+        return (name for _, _, name in self.files())
+
+    def left(self, there: Container[str]) -> dict[int, tuple[str, ...]]:
+        """Models that lack a part, by the part's index; parts that none lacks are not in it."""
+        left: dict[int, tuple[str, ...]] = {}
+        for model, part, name in self.files():
+            if name not in there:
+                left[part.index] = (*left.get(part.index, ()), model)
+        return left
 
     @property
     def rows(self) -> int | None:

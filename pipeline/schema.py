@@ -1,6 +1,6 @@
 """What travels between the steps: the records, and the columns of a result row with who adds them.
 
-Piece -> Part            plan: which rows of which files, fixed once
+Piece -> Part            plan: which rows of which files, fixed once; Wanted: a few of them, for a retry
 Row | Reject             read: an image's bytes with its key, or why there is none
 Pixels | Bad             decode: RGB pixels, or why there are none
 """
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
@@ -56,16 +56,34 @@ class Piece:
 
 
 @dataclass(frozen=True, slots=True)
+class Wanted:
+    """One source row of a part, and where its reject says that it lies."""
+
+    row: int
+    key: str
+    shard: str
+    offset: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Part:
-    """The unit of work, commit and retry: a deterministic set of pieces."""
+    """The unit of work, commit and retry: a deterministic set of pieces; of a retry, some rows of them, in order."""
 
     index: int
     pieces: tuple[Piece, ...]
+    only: tuple[Wanted, ...] | None = None
 
     @property
     def rows(self) -> int | None:
+        if self.only is not None:
+            return len(self.only)
         counts = [piece.rows for piece in self.pieces]
         return None if any(count is None for count in counts) else sum(count or 0 for count in counts)
+
+    @property
+    def wanted_rows(self) -> Collection[int]:
+        """Numbers of the rows that are to be read, among others perhaps."""
+        return range(1 << 62) if self.only is None else frozenset(wanted.row for wanted in self.only)
 
     @property
     def size_bytes(self) -> int:

@@ -63,7 +63,7 @@ class Session:
         self, output: Output, plan: Plan, work: Work, files: Mapping[str, Entry], on_change: Callable[[Tally], None]
     ) -> None:
         self.output, self.plan, self.work, self.on_change = output, plan, work, on_change
-        self.left = _left(plan, files)
+        self.left = plan.left(files)
         self.tally = Tally(output.uri, len(plan.parts), len(plan.parts) - len(self.left), rows_planned=plan.rows)
         self.gathering: dict[int, Gathering] = {}
         self.failed: dict[int, str] = {}
@@ -186,16 +186,6 @@ class Session:
             f"{len(self.failed)} of {len(self.plan.parts)} parts could not be done:\n" + "\n".join(shown) + more,
             hint="the other parts are committed; run the same command again to do what is left",
         )
-
-
-def _left(plan: Plan, files: Mapping[str, Entry]) -> dict[int, tuple[str, ...]]:
-    """Models that lack a part, by the part's index; parts that none lacks are not in it."""
-    left: dict[int, tuple[str, ...]] = {}
-    for model, names in plan.names.items():
-        for part, name in zip(plan.parts, names, strict=True):
-            if name not in files:
-                left[part.index] = (*left.get(part.index, ()), model)
-    return left
 
 
 def _raise_first(futures: set[Future[None]]) -> None:

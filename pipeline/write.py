@@ -10,7 +10,7 @@ import base64
 import hashlib
 import json
 import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -54,9 +54,17 @@ class EncodedPart:
 
 
 def encode_part(
-    part: Part, model: str, identity: str, batches: Iterable[Embedded], about: Mapping[str, Any]
+    part: Part,
+    model: str,
+    identity: str,
+    batches: Iterable[Embedded],
+    about: Mapping[str, Any],
+    *,
+    generation: int = 0,
+    superseded: Sequence[Reject] = (),
 ) -> EncodedPart:
-    """One part's file for one model. `about` (identity spelled out) goes into the footer for whoever finds the file."""
+    """One part's file for one model. `about` (identity spelled out) goes into the footer for whoever finds the file;
+    that of a retry, a generation above 0, has the rejects that it supersedes: its rows in."""
     batches = list(batches)
     table = pa.concat_tables([batch.tables[model] for batch in batches])
     rejects = tuple(sorted((r for batch in batches for r in batch.rejects[model]), key=lambda reject: reject.row))
@@ -74,6 +82,8 @@ def encode_part(
         "img2parquet.rows_in": str(rows_in),
         "img2parquet.rejects": _pack(rejects),
     }
+    if generation:
+        metadata |= {"img2parquet.generation": str(generation), "img2parquet.superseded": _pack(superseded)}
     return EncodedPart(_seal(_encode(table, metadata)), rows_in, table.num_rows, rejects)
 
 

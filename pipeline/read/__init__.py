@@ -44,7 +44,8 @@ class Source(Protocol):
 
     def read(self, part: Part) -> Iterator[Row | Reject]:
         """Every row of a part, in order. A fault inside the data is a Reject; an input that changed since the plan,
-        or a store that gave up, raises PartFailed or StorageError."""
+        or a store that gave up, raises PartFailed or StorageError. Rows that `part.only` does not name may be left
+        out, and should be where that spares reading them; the others keep their numbers."""
 
     def passthrough(self) -> pa.Schema:
         """Names and types of the columns that `keep` asks for, the same for every part."""
@@ -53,7 +54,7 @@ class Source(Protocol):
 def read_part(source: Source, part: Part) -> Iterator[Row | Reject]:
     """A part's rows with a key that it already had turned into rejects."""
     seen: set[str] = set()
-    for item in source.read(part):
+    for item in _wanted(source, part):
         if isinstance(item, Row) and item.key in seen:
             message = f"key `{item.key}` appears twice in this part; the first row was kept"
             yield Reject(item.row, item.key, item.shard, "read", "duplicate_key", message, item.offset)
@@ -61,3 +62,18 @@ def read_part(source: Source, part: Part) -> Iterator[Row | Reject]:
         if isinstance(item, Row):
             seen.add(item.key)
         yield item
+
+
+def _wanted(source: Source, part: Part) -> Iterator[Row | Reject]:
+    """A part's rows, or those alone that it names."""
+    left, wanted = part.rows if part.only is not None else None, part.wanted_rows
+    if left == 0:
+        return
+    for item in source.read(part):
+        if left is None:
+            yield item
+        elif item.row in wanted:
+            yield item
+            left -= 1
+            if not left:
+                return

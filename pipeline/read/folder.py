@@ -59,8 +59,12 @@ class Folder(SourceSettings):
     def read(self, part: Part) -> Iterator[Row | Reject]:
         """Every file of a part in order, fetched in parallel. Raises PartFailed for one that changed or is gone."""
         roots = Roots(self.names)
-        fetched = fetch_in_order(part.pieces, self._fetch, self.threads, lambda piece: piece.size_bytes)
-        for row, (piece, image) in enumerate(fetched):
+        wanted = part.wanted_rows
+        files = ((row, piece) for row, piece in enumerate(part.pieces) if row in wanted)
+        fetched = fetch_in_order(
+            files, lambda file: self._fetch(file[1]), self.threads, lambda file: file[1].size_bytes
+        )
+        for (row, piece), image in fetched:
             key = roots.key_of(piece.uri)
             folder, slash, _ = key.partition("/")
             columns, remarks = convert_all(self.kept, {"class": folder if slash else None})

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from functools import cached_property
 from typing import Any, Literal
 
@@ -66,8 +67,9 @@ class ParquetRows(SourceSettings):
 
     def read(self, part: Part) -> Iterator[Row | Reject]:
         """Every row of a part, in order. Raises PartFailed."""
-        rows = itertools.count()
-        for piece in part.pieces:
+        rows: Iterator[int] = itertools.count()
+        for passed_over, piece in _to_read(part):
+            rows = itertools.islice(rows, passed_over, None)
             with part_fails(piece.uri):
                 for item in self._read_piece(piece):
                     yield from _numbered(item, piece.uri, rows)
@@ -148,6 +150,22 @@ class ParquetRows(SourceSettings):
 
 Found = tuple[bytes, str, Mapping[str, Any], tuple[str, ...]]  # image, key, passthrough, warnings
 Fault = tuple[Reason, str, str]  # reason, message, key
+
+
+def _to_read(part: Part) -> Iterator[tuple[int, Piece]]:
+    """Each piece, after so many rows that need not be read; of a part that names its rows, the stretches they span."""
+    if part.only is None:
+        yield from ((0, piece) for piece in part.pieces)
+        return
+    first = done = 0
+    for piece in part.pieces:
+        stop = first + (piece.rows or 0)
+        rows = [wanted.row for wanted in part.only if first <= wanted.row < stop]
+        if rows:
+            start = piece.start + rows[0] - first
+            yield rows[0] - done, replace(piece, start=start, stop=start + rows[-1] + 1 - rows[0])
+            done = rows[-1] + 1
+        first = stop
 
 
 def _numbered(item: Found | Fault, shard: str, rows: Iterator[int]) -> Iterator[Row | Reject]:

@@ -128,6 +128,10 @@ class Image:
     suffix: str
     member: Member
 
+    @property
+    def offset(self) -> int:
+        return self.member.offset
+
 
 @dataclass(frozen=True, slots=True)
 class Fault:

@@ -72,7 +72,9 @@ class Table(SourceSettings):
 
     def read(self, part: Part) -> Iterator[Row | Reject]:
         """Every listed image of a part in order. Raises PartFailed when the store refuses, or the list changed."""
-        for row, (record, image) in enumerate(fetch_in_order(self._records(part), self._fetch, self.threads)):
+        wanted = part.wanted_rows
+        records = ((row, record) for row, record in enumerate(self._records(part)) if row in wanted)
+        for (row, record), image in fetch_in_order(records, lambda item: self._fetch(item[1]), self.threads):
             if isinstance(image, Broken):
                 yield Reject(row, record.key, record.shard, "read", image.reason, image.message)
             else:

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import itertools
 import logging
-from collections.abc import Iterable, Iterator
+from collections import deque
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Literal
 
@@ -25,7 +26,7 @@ from pipeline.read.gzip import MAGIC as GZIP_MAGIC
 from pipeline.read.gzip import GzipBytes
 from pipeline.read.keep import Kept
 from pipeline.read.pack import pack
-from pipeline.read.samples import Sampler
+from pipeline.read.samples import Sampler, split_name
 from pipeline.read.settings import (
     SourceSettings,
     entry_of_slice,
@@ -34,7 +35,7 @@ from pipeline.read.settings import (
     part_fails,
 )
 from pipeline.read.tar import Archive
-from pipeline.schema import Part, Piece, Reject, Row
+from pipeline.schema import Part, Piece, Reject, Row, Wanted
 from pipeline.storage import Entry, Store, redact
 
 log = logging.getLogger(__name__)
@@ -101,7 +102,10 @@ class WebDataset(SourceSettings):
         rows = itertools.count()
         for piece in part.pieces:
             with part_fails(piece.uri):
-                yield from self._read_piece(piece, rows)
+                if part.only is None:
+                    yield from self._read_piece(piece, rows)
+                else:
+                    yield from self._read_some(piece, [w for w in part.only if _is_in(w, piece)])
 
     def passthrough(self) -> pa.Schema:
         return pa.schema([_typed(column).field() for column in self.kept])
@@ -116,6 +120,29 @@ class WebDataset(SourceSettings):
                 yield sampler.to_row(item, sample, piece.uri, next(rows))
         if is_tail and not archive.has_end_marker and not is_damaged:
             log.warning("%s ends without its end-of-archive marker; all its members were read", redact(piece.uri))
+
+    def _read_some(self, piece: Piece, wanted: Sequence[Wanted]) -> Iterator[Row | Reject]:
+        """The rows that begin where the wanted ones did; a tar that needs none of its bytes read is not opened."""
+        left = deque((one.offset or 0, one.row) for one in wanted)
+        sampler, archives = self._sampler(), self._archives(piece, {split_name(one.key)[0] for one in wanted})
+        while left and (archive := next(archives, None)) is not None:
+            for sample in sampler.samples(archive):
+                if isinstance(archive.wanted, _Near) and (sample.damage or sample.beside_damage):
+                    break  # perhaps it is none, to who reads all
+                for item in sampler.items(sample):
+                    if left and item.offset == left[0][0]:
+                        yield sampler.to_row(item, sample, piece.uri, left.popleft()[1])
+                if not left or sample.offset > left[0][0]:  # all are found, or one was missed
+                    break
+
+    def _archives(self, piece: Piece, keys: Collection[str]) -> Iterator[Archive]:
+        """The tar with the bodies of these samples alone, by ranges where it is not compressed; then with all bodies:
+        only who looks into them finds a member that claims the bytes of those behind it."""
+        is_wanted = self._sampler().is_wanted
+        source = _open_ranges(self.store, piece)
+        if source is not None:
+            yield Archive(source, _Near(keys, is_wanted), self.max_member_bytes)
+        yield Archive(_open(self.store, piece)[0], is_wanted, self.max_member_bytes)
 
     def _sampler(self) -> Sampler:
         return Sampler(self.image, tuple(map(_typed, self.kept)), self.max_member_bytes)
@@ -141,6 +168,19 @@ class WebDataset(SourceSettings):
         if archive.global_records.keys() & {"path", "size"}:
             return [_whole(entry)]  # a global header speaks for all that follows: a slice would miss it
         return [Piece(entry.uri, stop - start, entry.etag, start, stop, rows) for start, stop, rows in cuts]
+
+
+@dataclass
+class _Near:
+    """Wants the members of these samples, and the one behind each: damage there is a remark on the sample."""
+
+    keys: Collection[str]
+    is_wanted: Callable[[str, int], bool]
+    was_near: bool = False
+
+    def __call__(self, name: str, size_bytes: int) -> bool:
+        was_near, self.was_near = self.was_near, split_name(name)[0] in self.keys
+        return (was_near or self.was_near) and self.is_wanted(name, size_bytes)
 
 
 def _typed(column: Kept) -> Kept:
@@ -169,6 +209,20 @@ def _open(store: Store, piece: Piece) -> tuple[ByteSource, bool]:
     if first.startswith(GZIP_MAGIC):
         return GzipBytes(chunks), True
     return ChunkBytes(chunks, 0, piece.size_bytes), True
+
+
+def _open_ranges(store: Store, piece: Piece) -> RangedBytes | None:
+    """A piece's bytes by ranged reads; None where it is compressed."""
+    entry = entry_of_whole(piece) if piece.stop is None else entry_of_slice(store, piece, piece.stop)
+    source = RangedBytes(store, entry)
+    is_compressed = source.take(2) == GZIP_MAGIC
+    source.position, source.size_bytes = piece.start, entry.size_bytes if piece.stop is None else piece.stop
+    return None if is_compressed else source
+
+
+def _is_in(wanted: Wanted, piece: Piece) -> bool:
+    offset = wanted.offset or 0
+    return wanted.shard == piece.uri and piece.start <= offset and (piece.stop is None or offset < piece.stop)
 
 
 def _cut(

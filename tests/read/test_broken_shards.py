@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from pipeline.errors import InputError
 from pipeline.read import PartLimits, read_part
-from pipeline.schema import Part, Reject, Row
+from pipeline.schema import Part, Reject, Row, Wanted
 from tests.read.broken_shards import BROKEN_SHARDS, BrokenShard, put
 from tests.read.sources import make_source
 
@@ -35,3 +36,16 @@ def test_outcome(shard: BrokenShard, tmp_path: Path) -> None:
 def test_there_are_enough_of_them() -> None:
     assert len({shard.name for shard in BROKEN_SHARDS}) == len(BROKEN_SHARDS) >= 60
     assert {InputError} == {shard.error for shard in BROKEN_SHARDS} - {None}
+
+
+@pytest.mark.parametrize(
+    "shard", [shard for shard in BROKEN_SHARDS if not shard.error], ids=lambda shard: shard.name.replace(" ", "-")
+)
+def test_a_row_read_alone_is_as_it_was_among_the_others(shard: BrokenShard, tmp_path: Path) -> None:
+    source = make_source(put(shard, str(tmp_path)))
+    for index, pieces in enumerate(source.plan(PartLimits())):
+        part = Part(index, pieces)
+        for item in read_part(source, part):
+            if isinstance(item, Row):
+                alone = replace(part, only=(Wanted(item.row, item.key, item.shard, item.offset),))
+                assert list(read_part(source, alone)) == [item]

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import pickle
+from dataclasses import replace as replace_fields
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from pydantic import ValidationError
 
 from pipeline.errors import InputError, PartFailed
 from pipeline.read import SOURCES, PartLimits, Source, read_part
-from pipeline.schema import Part, Reject, Row
+from pipeline.schema import Part, Reject, Row, Wanted
 from pipeline.storage import Store, join
 from tests.read.broken_shards import jpeg
 from tests.read.sources import INPUTS, ROWS, make_source, put_input
@@ -61,6 +62,38 @@ def test_rows_are_numbered_from_0_and_reading_again_gives_the_same(source: Sourc
         assert [item.row for item in items] == list(range(len(items)))
         assert items == list(source.read(part))
         assert part.rows in (None, len(items))
+
+
+def some(part: Part, items: list[Row | Reject]) -> Part:
+    """The part with these rows alone."""
+    return replace_fields(part, only=tuple(Wanted(item.row, item.key, item.shard, item.offset) for item in items))
+
+
+def test_some_rows_of_a_part_are_those_of_the_whole(source: Source) -> None:
+    for part in plan(source, PartLimits()):
+        items = list(read_part(source, part))
+        for wanted in ([], items[:1], items[-1:], items[1::3], items):
+            assert list(read_part(source, some(part, wanted))) == wanted
+
+
+def test_what_is_read_of_some_rows_does_not_grow_with_the_others(
+    kind: str, source: Source, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a folder and a list the other images are not fetched, of shards not those without a wanted row."""
+    (part,) = plan(source, PartLimits())
+    items = list(read_part(source, part))
+    seen: list[str] = []
+    for method in ("read", "stream", "open"):
+        real = getattr(Store, method)
+        monkeypatch.setattr(
+            Store,
+            method,
+            lambda self, uri, *rest, real=real, **named: seen.append(uri) or real(self, uri, *rest, **named),
+        )
+    list(read_part(source, some(part, items[-1:])))
+    images = [uri for uri in seen if uri.endswith(".jpg")]
+    assert len(images) == (1 if kind in ("folder", "table") else 0)
+    assert not any(uri.endswith(("0.tar", "0.parquet")) for uri in seen)
 
 
 def test_plan_does_not_depend_on_the_order_of_listing(source: Source, monkeypatch: pytest.MonkeyPatch) -> None:
