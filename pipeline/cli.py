@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import signal
+import os
 import sys
 import traceback
 from collections import Counter
@@ -12,23 +12,38 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
-from pipeline.errors import Img2ParquetError, UserError, printable
+from pipeline.errors import Img2ParquetError, Stopped, UserError, printable
+from pipeline.signals import Signals
+from pipeline.watch import LEFT_BEHIND
 
 DONE, FAILED, MISUSE = 0, 1, 2
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit code 0 done, 1 failed, 2 misuse."""
+    """Exit code 0 done, 1 failed, 2 misuse; 143 after SIGTERM, 130 after Ctrl-C."""
     arguments = _parser().parse_args(argv)
-    signal.signal(signal.SIGTERM, _interrupt)
+    with Signals() as signals:
+        arguments.signals = signals
+        code = _carry_out(arguments)
+    if LEFT_BEHIND:  # threads that hang would keep the interpreter from its end; nothing that they do is visible yet
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    return code
+
+
+def _carry_out(arguments: argparse.Namespace) -> int:
     try:
         code: int = arguments.command(arguments)
+    except Stopped as stopped:
+        say(str(stopped), file=sys.stderr)
+        return stopped.exit_code
     except Img2ParquetError as error:
         say(f"error: {_by_name(str(error))}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
         say("interrupted: what is committed stays; run the same command again", file=sys.stderr)
-        return 130
+        return int(arguments.signals.exit_code)
     except BrokenPipeError:
         sys.stderr.close()  # the reader of our output left; nothing more can be said
         return FAILED
@@ -53,10 +68,6 @@ def _by_name(text: str) -> str:
 def _json_line(values: object) -> str:
     """ASCII, without a control character."""
     return json.dumps(values).replace("\x7f", "\\u007f")
-
-
-def _interrupt(*_: object) -> None:
-    raise KeyboardInterrupt
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -110,7 +121,11 @@ def _run(arguments: argparse.Namespace) -> int:
     progress = Progress()
     try:
         summary = run(
-            load_job(arguments.job, arguments.set), arguments.runner, address=arguments.address, on_change=progress
+            load_job(arguments.job, arguments.set),
+            arguments.runner,
+            address=arguments.address,
+            signals=arguments.signals,
+            on_change=progress,
         )
     finally:
         progress.close()

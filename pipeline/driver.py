@@ -17,6 +17,7 @@ from pipeline.losses import mean_losses
 from pipeline.plan import Plan, identities, make_plan, most_rows
 from pipeline.probe import Probe
 from pipeline.session import Session, Tally
+from pipeline.signals import Signals
 from pipeline.storage import Store
 
 RUNNERS = ("ray", "local")
@@ -45,12 +46,14 @@ def run(
     runner: Literal["ray", "local"] | str = "ray",
     *,
     address: str | None = None,
+    signals: Signals | None = None,
     on_change: Callable[[Tally], None] = lambda tally: None,
 ) -> Summary:
     """Do what is left of a job. The same call resumes; what is done is never done twice.
 
     Raises UserError before anything is read, JobFailed when parts could not be done, RejectLimitExceeded after
-    committing what is good, StorageError when the output cannot be written."""
+    committing what is good, StorageError when the output cannot be written; and where a command gives its `signals`,
+    Stopped after the first of them: without, Ctrl-C is a KeyboardInterrupt, and SIGTERM what the caller made of it."""
     module = _runner(runner)
     output = Output.at(job.output.uri, Store(job.output.storage_options))
     asked = _as_begun(job, output)
@@ -68,7 +71,9 @@ def run(
         most_rows=most_rows(job, probe.cards),
     )
     session, totals = _begin(output, plan, work, on_change)
-    session.run(module)
+    if signals:
+        signals.listen()
+    session.run(module, signals)
     return _finish(job, session, totals)
 
 

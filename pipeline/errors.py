@@ -18,6 +18,7 @@ Img2ParquetError
 │   └── OutcomeUnknown            we cannot know whether the store did it
 ├── PartFailed                    one part cannot be done now; the others go on; exit 1
 ├── JobFailed                     the job ended with parts undone; exit 1
+├── Stopped                       a signal asked for it; exit 143 (SIGTERM) or 130 (Ctrl-C)
 └── RejectLimitExceeded           too many bad images; what was good is committed; exit 1
 """
 
@@ -119,6 +120,12 @@ class PartFailed(Img2ParquetError):
 
 class JobFailed(Img2ParquetError):
     pass
+
+
+class Stopped(Img2ParquetError):
+    def __init__(self, message: str, *, exit_code: int = 143) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
 
 
 class RejectLimitExceeded(Img2ParquetError):

@@ -144,6 +144,14 @@ class Resources(Settings):
     threads_per_worker: int = Field(default=1, ge=1, description="Threads of one worker's matrix products")
     batch_size: int | Literal["auto"] = Field(default="auto", description="Images per forward pass")
     gpus_per_worker: float | Literal["auto"] = Field(default="auto", ge=0, description="GPUs of one Ray actor")
+    stall_s: float = Field(
+        default=600.0,
+        gt=0,
+        description="When no batch came for so long, say where it hangs; ray then runs what is left with new workers",
+    )
+    grace_s: float = Field(
+        default=25.0, gt=0, description="What a first SIGTERM or Ctrl-C leaves to parts that are under way"
+    )
     device: Device = Field(
         default="auto",
         description="auto: GPUs where there are any, and an error where they could not be used; cpu: leave them idle",

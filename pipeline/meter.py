@@ -107,10 +107,11 @@ class Meter:
                 self.stages[stage] = self.stages.get(stage, Spent()) + more
             self.waited.update(waited or {})
 
-    def arrived(self) -> None:
-        """The driver has a result; called by the thread that made this meter, whose CPU time is the driver's."""
+    def arrived(self, taking_s: float = 0.0) -> None:
+        """The driver has a result; called by the thread that made this meter, whose CPU time is the driver's, with
+        that of the thread which took the result from the runner."""
         self.first_result = self.first_result or time.monotonic()
-        self.driver_s = time.thread_time() - self.cpu_started
+        self.driver_s = time.thread_time() - self.cpu_started + taking_s
 
     @contextmanager
     def blocked(self) -> Iterator[None]:

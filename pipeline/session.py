@@ -3,11 +3,14 @@
 * The stream waits for the commits, so that the driver's memory is bounded; what it keeps of a committed part is its
   footer, so that the end of the job need not read it back.
 * While it works, the session leaves its meter in the output, each time under a new name: after a minute, then each time
-  that it has worked twice as long, and at its end. Readers take the last; nothing is overwritten.
+  that it has worked twice as long, when nothing comes from its workers, and at its end. Readers take the last; nothing
+  is overwritten.
+* A signal ends it: what is whole by then is committed, the rest is dropped, as a kill would drop it.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import secrets
 import threading
@@ -16,6 +19,7 @@ from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
+from signal import SIGINT
 from types import ModuleType
 from typing import Any
 
@@ -24,16 +28,20 @@ import pyarrow.parquet as pq
 
 from pipeline.batch import Embedded, Failed, Work
 from pipeline.commit import METER, Footer, Output, parse_footer
-from pipeline.errors import JobFailed, StorageError
+from pipeline.errors import JobFailed, Stopped, StorageError
 from pipeline.meter import Meter, Spent, bottleneck, retried
 from pipeline.plan import Plan
+from pipeline.rounds import TICK_S, Rounds
+from pipeline.signals import Signals
 from pipeline.storage import Entry
+from pipeline.watch import LEFT_BEHIND, Outstanding, Watch
 from pipeline.write import EncodedPart, Gathering, encode_part
 
 COMMIT_THREADS = 4
 MAX_PARTS_TO_COMMIT = 8  # encoded or being encoded
 KEPT_REJECT_BYTES = 64 << 20  # compressed; footers with rejects beyond that are read back at the end
 FIRST_SNAPSHOT_S = 60.0
+LAST_SNAPSHOT_S = 2.0  # of the grace that a signal leaves
 
 
 @dataclass
@@ -66,17 +74,21 @@ class Session:
         self.left = plan.left(files)
         self.tally = Tally(output.uri, len(plan.parts), len(plan.parts) - len(self.left), rows_planned=plan.rows)
         self.gathering: dict[int, Gathering] = {}
+        self.heard: dict[int, float] = {}  # when the last batch of a part came that is being gathered
+        self.whole: set[int] = set()  # parts given to the committing threads
         self.failed: dict[int, str] = {}
         self.footers: dict[str, Footer] = {}
         self.kept_bytes = 0
         self.lock = threading.Lock()  # of the tally's and the footers' changes by the committing threads
         self.name = f"{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}-{secrets.token_hex(3)}"
         self.snapshots, self.next_snapshot_s = 0, FIRST_SNAPSHOT_S
-        self.meter = Meter({})
+        self.meter, self.signals, self.watch = Meter({}), Signals(), Watch(work.job.resources.stall_s)
+        self.pool = ThreadPoolExecutor(COMMIT_THREADS, "img2parquet-commit")
+        self.commits = set[Future[None]]()
         self.report: dict[str, Any] = {}  # the meter as JSON values, with whose it is, at the end of the work
 
-    def run(self, runner: ModuleType) -> None:
-        """Do what is left. Raises JobFailed when parts could not be done, StorageError."""
+    def run(self, runner: ModuleType, signals: Signals | None = None) -> None:
+        """Do what is left. Raises JobFailed when parts could not be done, StorageError, Stopped by one of `signals`."""
         self.on_change(self.tally)
         if not self.left:
             return
@@ -84,44 +96,94 @@ class Session:
         pools = runner.pools(self.work)
         readers = min(pools["readers"], len(self.left))
         self.meter = Meter({**pools, "readers": readers}, is_fast=self.work.job.preprocess == "fast")
-        pending = [part for part in self.plan.parts if part.index in self.left]
-        commits: set[Future[None]] = set()
-        with ThreadPoolExecutor(COMMIT_THREADS, "img2parquet-commit") as pool:
-            for whole in self._whole_parts(runner.stream(pending, self.work)):
-                commits = self._settled(commits)
-                commits.add(pool.submit(self._commit, whole))
-                if time.monotonic() - self.tally.working_since > self.next_snapshot_s:
-                    commits.add(pool.submit(self._leave, *self._snapshot(self._report())))
-            _raise_first(commits)
+        self.signals = signals or self.signals
+        try:
+            with self.signals.patience():
+                for whole in self._whole_parts(runner):
+                    self._make_room()
+                    self.commits.add(self.pool.submit(self._commit, whole))
+                    if time.monotonic() - self.tally.working_since > self.next_snapshot_s:
+                        self._leave_soon()
+                if self.signals.came:
+                    self._stop()
+        finally:
+            self.pool.shutdown(wait=not self.signals.came, cancel_futures=self.signals.came is not None)
+        _raise_first(self.commits)
         self.report = self._report()
         self._leave(*self._snapshot(self.report))
         if self.failed:
             raise self._failure()
+
+    # ---- what the rounds ask: rounds.Ledger ----------------------------------------------------------------------
+
+    def undone(self) -> list[int]:
+        undone = self.left.keys() - self.whole - self.failed.keys()
+        return [part.index for part in self.plan.parts if part.index in undone]
+
+    def begun(self) -> set[int]:
+        return set(self.gathering)
+
+    def outstanding(self, index: int) -> Outstanding:
+        came = self.gathering[index].batches if index in self.gathering else {}
+        missing_k = next(k for k in itertools.count() if k not in came)
+        return Outstanding(index, len(came), missing_k, time.monotonic() - self.heard.get(index, self.tally.started))
+
+    def stalled(self) -> None:
+        self._leave_soon()
+
+    def _stop(self) -> None:
+        """Commit what is whole, within what is left of the grace; then say how far the job is."""
+        came = self.signals.came
+        assert came
+        deadline = self.signals.came_at + self.work.job.resources.grace_s
+        done, late = wait(self.commits, timeout=max(0.0, deadline - LAST_SNAPSHOT_S - time.monotonic()))
+        self.report = self._report()
+        meter = self._leave_soon()
+        late |= wait([meter], timeout=max(LAST_SNAPSHOT_S, deadline - time.monotonic())).not_done
+        if late:
+            LEFT_BEHIND.add("img2parquet-commit")
+        _raise_first(done)
+        tally, word = self.tally, "Ctrl-C" if came == SIGINT else came.name
+        raise Stopped(
+            f"stopped by {word}: {tally.parts_done_before + tally.parts_committed} of {tally.parts} parts are "
+            "committed; run the same command again",
+            exit_code=self.signals.exit_code,
+        )
 
     def _report(self) -> dict[str, Any]:
         self.meter.add(retried())
         measured, tally = self.meter.measured(), self.tally
         parts = {"parts": tally.parts, "parts_before": tally.parts_done_before, "parts_here": tally.parts_committed}
         whose = {"session": self.name, **parts, "rows_in": tally.rows_in}
+        if self.watch.stalls:
+            whose["stalls"] = list(self.watch.stalls)
         return {**whose, "bottleneck": bottleneck(measured), **asdict(measured)}
 
-    def _whole_parts(self, results: Iterator[Embedded | Failed]) -> Iterator[Gathering]:
+    def _whole_parts(self, runner: ModuleType) -> Iterator[Gathering]:
         parts = {part.index: part for part in self.plan.parts if part.index in self.left}
         self.tally.working_since = time.monotonic()
-        for result in results:
-            self.meter.arrived()
+        rounds = Rounds(runner, self.work, self.signals, self, self.watch)
+        for result in rounds.results(parts):
+            self.meter.arrived(rounds.cpu_s)
             if isinstance(result, Failed):
                 self.meter.add(result.spent)
                 self.failed[result.part_index] = result.message
                 self.gathering.pop(result.part_index, None)
                 continue
-            if result.part_index in self.failed:
+            index = result.part_index
+            if index in self.failed or index in self.whole:
                 continue
-            gathering = self.gathering.setdefault(result.part_index, Gathering(parts[result.part_index]))
+            gathering = self.gathering.setdefault(index, Gathering(parts[index]))
+            if result.k in gathering.batches:  # of a part that is run again
+                continue
             gathering.add(result, self.work.batch_size)
+            self.heard[index] = time.monotonic()
+            self.watch.progress()
             self._count(result)
             if gathering.is_whole:
-                yield self.gathering.pop(result.part_index)
+                self.whole.add(index)
+                del self.heard[index]
+                yield self.gathering.pop(index)
 
     def _count(self, result: Embedded) -> None:
         self.meter.add(result.spent, result.waited)
@@ -130,14 +192,12 @@ class Session:
             self.tally.rows_rejected += len(_images(result))
         self.on_change(self.tally)
 
-    def _settled(self, commits: set[Future[None]]) -> set[Future[None]]:
-        """Wait until there is room for one more; the commits that are still on. Raises what one of them raised."""
-        if len(commits) < MAX_PARTS_TO_COMMIT:
-            return commits
+    def _make_room(self) -> None:
+        """Wait until there is room for one more commit, or a signal came. Raises what a commit raised."""
         with self.meter.blocked():
-            finished, commits = wait(commits, return_when=FIRST_COMPLETED)
-        _raise_first(finished)
-        return commits
+            while len(self.commits) >= MAX_PARTS_TO_COMMIT and not self.signals.came:
+                finished, self.commits = wait(self.commits, timeout=TICK_S, return_when=FIRST_COMPLETED)
+                _raise_first(finished)
 
     def _commit(self, gathering: Gathering) -> None:
         """Encode and create a part's file of every model that lacks it."""
@@ -173,6 +233,11 @@ class Session:
         self.snapshots, self.next_snapshot_s = self.snapshots + 1, 2 * self.next_snapshot_s
         name = f"{METER}{self.name}-{self.snapshots:03d}.json"
         return name, json.dumps(report, indent=1, sort_keys=True).encode()
+
+    def _leave_soon(self) -> Future[None]:
+        future = self.pool.submit(self._leave, *self._snapshot(self._report()))
+        self.commits.add(future)
+        return future
 
     def _leave(self, name: str, data: bytes) -> None:
         """Put the meter where `status` finds it. A store that refuses it does not end the job."""

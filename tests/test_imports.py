@@ -26,6 +26,8 @@ LAYERS = [
     {"graphs", "batch_size"},
     {"plan", "batch", "probe", "forward"},
     {"embed", "write", "commit"},
+    {"watch", "signals"},
+    {"rounds"},
     {"local", "cluster"},
     {"losses", "finish", "session"},
     {"driver"},
