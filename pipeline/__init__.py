@@ -13,6 +13,8 @@ The way of one image, a file for each step:
     write.py        a part's rows and rejects -> one encoded Parquet file per model
     commit.py       encoded part -> created once, or found done, or unknown
     local.py, cluster.py   who runs it: this process, or a Ray Data graph
+    apart.py        what kills its worker: done in a process apart (child.py), the culprit rejected
+    supervise.py    a local driver that died is begun again; flight.py says what it was at
     session.py      what is left of a job, gathered and committed; meter.py says what held it up
     finish.py       every part's footer -> rejects, manifest, totals
     driver.py       a job from start to end

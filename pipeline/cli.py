@@ -14,14 +14,21 @@ from typing import Any, TextIO
 
 from pipeline.errors import Img2ParquetError, Stopped, UserError, printable
 from pipeline.signals import Signals
+from pipeline.supervise import supervise
 from pipeline.watch import LEFT_BEHIND
 
 DONE, FAILED, MISUSE = 0, 1, 2
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit code 0 done, 1 failed, 2 misuse; 143 after SIGTERM, 130 after Ctrl-C."""
+    """argv: None for the command itself, whose local jobs run below a supervisor; a list is done in this process.
+
+    Exit code 0 done, 1 failed, 2 misuse; 143 after SIGTERM, 130 after Ctrl-C."""
     arguments = _parser().parse_args(argv)
+    if argv is None and getattr(arguments, "is_supervised", False) and arguments.runner == "local":
+        code = supervise()
+        if code is not None:
+            return code  # we were the supervisor; the driver goes on here
     with Signals() as signals:
         arguments.signals = signals
         code = _carry_out(arguments)
@@ -77,6 +84,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     run = _command(commands, "run", _run, "do what is left of a job; the same command resumes")
     _add_job(run)
+    run.set_defaults(is_supervised=True)
     run.add_argument(
         "--runner", choices=["ray", "local"], default="ray", help="a Ray cluster (default), or this process"
     )

@@ -51,6 +51,9 @@ def run(
 ) -> Summary:
     """Do what is left of a job. The same call resumes; what is done is never done twice.
 
+    The local runner works in this process, which an image that crashes its decoder takes down: a library cannot
+    outlive that. The command does, and so does the ray runner.
+
     Raises UserError before anything is read, JobFailed when parts could not be done, RejectLimitExceeded after
     committing what is good, StorageError when the output cannot be written; and where a command gives its `signals`,
     Stopped after the first of them: without, Ctrl-C is a KeyboardInterrupt, and SIGTERM what the caller made of it."""

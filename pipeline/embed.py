@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from pipeline import flight
 from pipeline.batch import Batch, Crops, Embedded, Failed, Prepared, Work
 from pipeline.decode import DecodePolicy, Shrink, decode
 from pipeline.device import Device, Lane, open_device
@@ -33,6 +34,8 @@ from pipeline.preprocess import Preprocessor
 from pipeline.schema import RESERVED_COLUMNS, Bad, Pixels, Reject, Row
 from pipeline.shrink import shrink_for
 
+EMBED_LEAST_S = 60.0  # the first batch compiles and warms up, whatever one image may take
+
 
 class Preparer:
     """Decode and crop. Loads no model."""
@@ -42,12 +45,21 @@ class Preparer:
         geometries = tuple({card.preprocess.geometry for card in work.cards.values()})
         self.croppers = [Preprocessor(geometry) for geometry in geometries]
         self.shrink = partial(shrink_for, geometries) if work.job.preprocess == "fast" else None
+        self.image_timeout_s = work.job.resources.image_timeout_s
 
     def __call__(self, batch: Batch) -> Prepared:
+        slot = flight.here()
+        try:
+            return self._prepared(batch, slot)
+        finally:
+            slot.end()
+
+    def _prepared(self, batch: Batch, slot: flight.Slot) -> Prepared:
         rows, sizes_HW, rejects = list[Row](), list[tuple[int, int]](), list(batch.rejects)
         cropping = [_Cropping(cropper, len(batch.rows)) for cropper in self.croppers]
         started, decoder = time.perf_counter(), _Decoding(self.policy, self.shrink)
         for row in batch.rows:
+            slot.begin(flight.DECODE, batch.part_index, batch.k, row.row, self.image_timeout_s)
             pixels = decoder(row)
             if isinstance(pixels, Bad):
                 rejects.append(_reject(row, "decode", pixels))
@@ -132,10 +144,15 @@ class Embedder:
             self.models.append((wanted, Forward(model, wanted.outputs, work.batch_size, self.device)))
 
     def __call__(self, prepared: Prepared) -> Embedded | Failed:
+        slot = flight.here()
+        limit_s = max(EMBED_LEAST_S, self.work.job.resources.image_timeout_s * len(prepared.rows))
+        slot.begin(flight.EMBED, prepared.part_index, prepared.k, limit_s=limit_s)
         try:
             return self._batch(prepared)
         except PartFailed as error:  # features that are not finite, say: this part's failure, not the job's
             return Failed(prepared.part_index, str(error))
+        finally:
+            slot.end()
 
     def _batch(self, prepared: Prepared) -> Embedded:
         import torch

@@ -144,6 +144,12 @@ class Resources(Settings):
     threads_per_worker: int = Field(default=1, ge=1, description="Threads of one worker's matrix products")
     batch_size: int | Literal["auto"] = Field(default="auto", description="Images per forward pass")
     gpus_per_worker: float | Literal["auto"] = Field(default="auto", ge=0, description="GPUs of one Ray actor")
+    image_timeout_s: float = Field(
+        default=60.0,
+        gt=0,
+        description="An image that takes longer than this to decode, twice, is rejected as `timed_out`; a batch may "
+        "take as long for each of its images, and a minute at least, to embed",
+    )
     stall_s: float = Field(
         default=600.0,
         gt=0,

@@ -1,4 +1,6 @@
-"""Parts to results in this process: one thread reads ahead, `workers` threads share the loaded models."""
+"""Parts to results in this process: one thread reads ahead, `workers` threads share the loaded models.
+
+What an earlier process may have died of (`flight.suspects`) is done in processes apart."""
 
 from __future__ import annotations
 
@@ -8,13 +10,17 @@ import threading
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import replace
 
-from pipeline.batch import Batch, Embedded, Failed, Work, cut
+from pipeline import flight
+from pipeline.apart import Apart, ReadApart
+from pipeline.batch import Batch, Embedded, Failed, Prepared, Work, cut
 from pipeline.embed import Embedder, Preparer
 from pipeline.job import JobSpec
 from pipeline.meter import Idle
 from pipeline.probe import Probe, probe
+from pipeline.read import Source
 from pipeline.schema import Part
 
 
@@ -37,9 +43,12 @@ def pools(work: Work) -> dict[str, int]:
 def stream(parts: Iterable[Part], work: Work) -> Iterator[Embedded | Failed]:
     """Results in the order of their batches; at most three batches per worker are in memory at any time."""
     count = workers(work.job)
-    step = _Step(work)
     waiting: deque[Future[Embedded | Failed] | Failed] = deque()
-    with _Reader(parts, work, depth=count) as batches, ThreadPoolExecutor(count, "img2parquet-worker") as pool:
+    with (
+        closing(_Step(work)) as step,
+        _Reader(parts, work, depth=count) as batches,
+        ThreadPoolExecutor(count, "img2parquet-worker") as pool,
+    ):
         for batch in batches:
             waiting.append(batch if isinstance(batch, Failed) else pool.submit(step, batch))
             if len(waiting) >= 2 * count:
@@ -54,21 +63,40 @@ class _Step:
     A GPU has its clock itself, and a thread that waits for it waits as it does for its next batch."""
 
     def __init__(self, work: Work) -> None:
-        self.prepare, self.embed, self.threads = Preparer(work), Embedder(work), threading.local()
+        self.suspects, self.threads = flight.suspects(), threading.local()
+        self.prepare = Preparer(work)
+        self.apart = Apart(work) if self.suspects else None
+        self.embed = None if self.suspects.everything else Embedder(work)
         self.pool = "workers" if work.device == "cpu" else "preparers"
 
     def __call__(self, batch: Batch) -> Embedded | Failed:
         idle: Idle = self.threads.__dict__.setdefault("idle", Idle())
         waited_s = idle.end()
-        prepared = self.prepare(batch)
+        prepared = self._prepared(batch)
         if self.pool == "preparers":
             idle.begin()
-        result = self.embed(prepared)
+        result = self._embedded(prepared)
         if self.pool == "workers":
             idle.begin()
         return (
             replace(result, waited={**result.waited, self.pool: waited_s}) if isinstance(result, Embedded) else result
         )
+
+    def _prepared(self, batch: Batch) -> Prepared:
+        if self.apart and self.suspects.decodes(batch.part_index):
+            return self.apart.prepare(batch)
+        rows = self.suspects.rows_of(batch.part_index, (row.row for row in batch.rows))
+        return self.apart.prepare(batch, rows, self.prepare) if self.apart and rows else self.prepare(batch)
+
+    def _embedded(self, prepared: Prepared) -> Embedded | Failed:
+        if self.embed is None or self.suspects.embeds(prepared.part_index, prepared.k):
+            assert self.apart
+            return self.apart.embed(prepared)
+        return self.embed(prepared)
+
+    def close(self) -> None:
+        if self.apart:
+            self.apart.close()
 
 
 def _result(item: Future[Embedded | Failed] | Failed) -> Embedded | Failed:
@@ -99,13 +127,21 @@ class _Reader:
 
     def _run(self) -> None:
         try:
-            for part in self.parts:
-                for batch in cut(self.work.job.input, part, self.work.batch_size, self.work.most_rows):
-                    if not self._put(batch):
-                        return
-            self._put(None)
+            if self._put_all():
+                self._put(None)
         except BaseException as error:
             self._put(error)
+
+    def _put_all(self) -> bool:
+        suspects, slot = flight.suspects(), flight.here()
+        with closing(ReadApart(self.work)) as apart:
+            for part in self.parts:
+                source: Source = apart if suspects.reads_part(part.index) else self.work.job.input
+                slot.begin(flight.READ, part.index)
+                if not all(map(self._put, cut(source, part, self.work.batch_size, self.work.most_rows))):
+                    return False
+                slot.end()
+        return True
 
     def _put(self, item: Batch | Failed | BaseException | None) -> bool:
         while not self.closed.is_set():

@@ -1,4 +1,6 @@
-"""A run's tally to the terminal: one live line where there is one, plain lines where there is not."""
+"""A run's tally to the terminal: one live line where there is one, plain lines where there is not.
+
+And to the process that watches this one, if there is one: it counts deaths between commits."""
 
 from __future__ import annotations
 
@@ -7,6 +9,7 @@ import threading
 import time
 from typing import TextIO
 
+from pipeline import flight
 from pipeline.session import Tally
 
 PLAIN_EVERY_S = 10.0
@@ -23,6 +26,7 @@ class Progress:
         self.printed_parts = -1
 
     def __call__(self, tally: Tally) -> None:
+        flight.committed(tally.parts_committed)
         with self.lock:
             now = time.monotonic()
             every = 0.2 if self.live else PLAIN_EVERY_S

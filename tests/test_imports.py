@@ -19,19 +19,21 @@ LAYERS = [
     {"errors"},
     {"schema"},
     {"storage"},
-    {"headers", "meter", "device", "gpus"},  # what an image's first bytes say; what stages did; where models run
+    # what an image's first bytes say; what stages did; where models run; what threads are at
+    {"headers", "meter", "device", "gpus", "flight"},
     {"read", "decode", "preprocess", "models", "outputs"},
     {"shrink"},  # how much of a JPEG the resizes can spare
     {"job"},
     {"graphs", "batch_size"},
     {"plan", "batch", "probe", "forward"},
     {"embed", "write", "commit"},
-    {"watch", "signals"},
+    {"child"},  # a process that may die
+    {"apart", "watch", "signals"},
     {"rounds"},
     {"local", "cluster"},
     {"losses", "finish", "session"},
     {"driver"},
-    {"results", "verify", "progress", "catalogue"},
+    {"results", "verify", "progress", "catalogue", "supervise"},
     {"cli"},
 ]
 WITHIN = {
@@ -47,7 +49,7 @@ HEAVY = {
     "PIL": {"decode", "preprocess", "models", "outputs"},
     "simplejpeg": {"decode"},
     "pyarrow": {"schema", "storage", "read", "outputs", "plan", "batch", "embed", "write", "commit", "cluster"}
-    | {"results", "verify", "losses", "finish", "session", "forward"},
+    | {"results", "verify", "losses", "finish", "session", "forward", "apart"},
     "fsspec": {"storage"},
     "s3fs": {"storage"},
     "pydantic": {"job", "read", "outputs"},
@@ -141,6 +143,7 @@ def test_siblings_do_not_import_each_other() -> None:
         "import pipeline.job",
         "import pipeline.cli; pipeline.cli._parser()",
         "import pipeline.results, pipeline.verify",
+        "import pipeline.supervise",
     ],
 )
 def test_light_imports_load_neither_torch_nor_ray(statement: str) -> None:

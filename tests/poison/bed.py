@@ -1,0 +1,126 @@
+"""A small job with poison in it, run as a command; and what it should have written."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import re
+import subprocess
+import sys
+import tarfile
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from pipeline import embed
+from pipeline.commit import Output
+from pipeline.driver import run as drive
+from pipeline.job import parse_job
+from pipeline.read import webdataset
+from pipeline.read.webdataset import WebDataset
+from pipeline.results import read_rejects
+from pipeline.verify import verify
+from tests.small import add_member, job_dict, jpeg
+
+HOOK = Path(__file__).parent / "hook"
+PER_SHARD = 12
+LIMIT_S = 2.0
+
+
+@dataclass(frozen=True)
+class Ran:
+    code: int
+    said: str
+    attempts: int  # how often a process met poison
+
+    @property
+    def deaths(self) -> int:
+        """Of the driver, as its supervisor told."""
+        return len(re.findall(r"^img2parquet: the driver ", self.said, re.MULTILINE))
+
+
+def make_shards(
+    folder: Path, poison: Mapping[tuple[int, int], str], shards: int = 3, per_shard: int = PER_SHARD
+) -> None:
+    """Tars of photographs; `poison` says which (shard, place) has what in its key: `decode-segv`, ..."""
+    folder.mkdir(parents=True)
+    for shard in range(shards):
+        with tarfile.open(folder / f"{shard:03d}.tar", "w") as tar:
+            for n in range(per_shard):
+                key = f"{shard:03d}/{n:04d}" + (f"-{poison[shard, n]}" if (shard, n) in poison else "")
+                add_member(tar, f"{key}.jpg", jpeg(shard * 1000 + n))
+                add_member(tar, f"{key}.json", json.dumps({"label": n % 5, "caption": f"no. {n}"}).encode())
+
+
+def document(folder: Path, checkpoint: Path, out: str, **resources: Any) -> dict[str, Any]:
+    settings = {"workers": 2, "batch_size": 6, "image_timeout_s": LIMIT_S, **resources}
+    return job_dict(f"{folder}/in/*.tar", checkpoint, str(folder / out), resources=settings, reject_limit=1.0)
+
+
+def run_undisturbed(folder: Path, checkpoint: Path, monkeypatch: pytest.MonkeyPatch, **environment: str) -> None:
+    """In this process, into `quiet`: what is poison to others is rejected."""
+    spec = importlib.util.spec_from_file_location("poison", HOOK / "sitecustomize.py")
+    assert spec and spec.loader
+    hook = importlib.util.module_from_spec(spec)
+    with monkeypatch.context() as patch:
+        for name, value in {"POISON": "rejects", "POISON_LIMIT_S": f"{LIMIT_S:g}", **environment}.items():
+            patch.setenv(name, value)
+        for owner, name in ((embed._Decoding, "__call__"), (embed.Embedder, "_batch"), (WebDataset, "_read_piece")):
+            patch.setattr(owner, name, getattr(owner, name))  # to have it back
+        spec.loader.exec_module(hook)
+        sys.meta_path.pop(0)
+        hook.poison_embed(embed)
+        hook.poison_read(webdataset)
+        drive(parse_job(document(folder, checkpoint, "quiet")), "local")
+
+
+def start(
+    folder: Path, checkpoint: Path, out: str, runner: str, environment: Mapping[str, str] = {}, **resources: Any
+) -> subprocess.Popen[str]:
+    """The command, with the hook on every process's path."""
+    job, marks = folder / f"{out}.yaml", folder / f"{out}-marks"
+    job.write_text(yaml.safe_dump(document(folder, checkpoint, out, **resources)))
+    marks.mkdir()
+    told = {"POISON": "kills", "POISON_MARKS": str(marks), "POISON_LIMIT_S": f"{LIMIT_S:g}", **environment}
+    path = os.pathsep.join([str(HOOK), str(Path(__file__).parents[2])])
+    return subprocess.Popen(
+        [sys.executable, "-m", "pipeline.cli", "run", str(job), "--runner", runner],
+        env={**os.environ, **told, "PYTHONPATH": path},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def run(
+    folder: Path, checkpoint: Path, out: str, runner: str, environment: Mapping[str, str] = {}, *,
+    timeout_s: float = 240, **resources: Any,
+) -> Ran:  # fmt: skip
+    """`start` to its end. Raises TimeoutExpired, when all of it has been ended."""
+    process = start(folder, checkpoint, out, runner, environment, **resources)
+    try:
+        said = process.communicate(timeout=timeout_s)[0]
+    finally:
+        process.kill()  # its family ends with it
+        process.wait()
+    return Ran(process.returncode, said, len(list((folder / f"{out}-marks").iterdir())))
+
+
+def same_files(folder: Path, one: str, other: str) -> None:
+    """Two outputs have the same parts, byte for byte."""
+    first, second = (Output.at(str(folder / out)) for out in (one, other))
+    assert verify(first) == []
+    files = [{name: o.store.read(entry.uri) for name, entry in o.part_files().items()} for o in (first, second)]
+    assert files[0].keys() == files[1].keys() and files[0]
+    assert [name for name in files[0] if files[0][name] != files[1][name]] == []
+
+
+def rejected(folder: Path, out: str) -> list[tuple[str, str, str]]:
+    """(key, stage, reason), sorted."""
+    rows: Iterable[Mapping[str, Any]] = read_rejects(str(folder / out)).to_pylist()
+    return sorted((row["key"], row["stage"], row["reason"]) for row in rows)
