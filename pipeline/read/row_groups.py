@@ -16,6 +16,7 @@ from pipeline.errors import Img2ParquetError, InputError, nearest
 from pipeline.read import PartLimits
 from pipeline.read.fetch import fetch_in_order
 from pipeline.read.keep import Kept, to_valid_text
+from pipeline.read.pages import GuardedFile
 from pipeline.schema import Piece
 from pipeline.storage import Entry, Store, redact
 
@@ -64,10 +65,23 @@ def _read_footer(store: Store, entry: Entry) -> Footer:
         return Footer(entry, parquet.schema_arrow, tuple(claimed))
 
 
-def open_parquet(file: BinaryIO, uri: str) -> pq.ParquetFile:
-    """Without read-ahead of whole column chunks, so that memory is bounded. Raises InputError."""
+class GuardedParquet(pq.ParquetFile):  # type: ignore[misc]
+    """Without read-ahead of whole column chunks, and with bounded pages, so that memory is bounded."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.guard = GuardedFile(file)
+        super().__init__(self.guard, pre_buffer=False, buffer_size=BUFFER_BYTES)
+
+    def watch(self, group: int, columns: Sequence[str]) -> int:
+        """Before a row group's columns are read; the bytes that a dictionary may give each of its rows."""
+        leaves = [self.schema.column(i).path.split(".")[0] for i in range(len(self.schema))]
+        return self.guard.watch(group, [i for i, name in enumerate(leaves) if name in columns])
+
+
+def open_parquet(file: BinaryIO, uri: str) -> GuardedParquet:
+    """Raises InputError."""
     with _parquet_errors(uri):
-        return pq.ParquetFile(file, pre_buffer=False, buffer_size=BUFFER_BYTES)
+        return GuardedParquet(file)
 
 
 @contextmanager
@@ -97,7 +111,7 @@ def pieces_of(footer: Footer, limits: PartLimits) -> Iterator[Piece]:
 
 
 def read_rows(
-    parquet: pq.ParquetFile, start: int, stop: int, columns: Sequence[str]
+    parquet: GuardedParquet, start: int, stop: int, columns: Sequence[str]
 ) -> Iterator[tuple[int, pa.RecordBatch] | BrokenRows]:
     """Rows [start, stop) of a file as (number of the first row, batch), in bounded memory; what is damaged in a row
     group costs the rest of that group."""
@@ -122,12 +136,12 @@ def read_rows(
 
 
 def _batches(
-    parquet: pq.ParquetFile, group: int, columns: Sequence[str], low: int, high: int
+    parquet: GuardedParquet, group: int, columns: Sequence[str], low: int, high: int
 ) -> Iterator[pa.RecordBatch]:
     """Rows [low, high) of one row group."""
     metadata = parquet.metadata.row_group(group)
     row_bytes = max(1, metadata.total_byte_size // max(1, metadata.num_rows))
-    batch_rows = max(1, min(MAX_BATCH_ROWS, BATCH_BYTES // row_bytes))
+    batch_rows = max(1, min(MAX_BATCH_ROWS, BATCH_BYTES // max(row_bytes, parquet.watch(group, columns))))
     at = 0
     for batch in parquet.iter_batches(batch_rows, row_groups=[group], columns=list(columns), use_threads=False):
         begin, end = max(low - at, 0), min(high - at, batch.num_rows)

@@ -212,7 +212,7 @@ def test_a_gzip_name_without_an_end_is_no_name(tmp_path: Path) -> None:
 
 
 def test_pages_that_grow_a_thousandfold_are_read_some_at_a_time(tmp_path: Path) -> None:
-    """One row group. A single page is decompressed whole by pyarrow, which bounds it at 2 GiB."""
+    """One row group of pages of 8 MiB; larger ones are in `tests/read/test_pages.py`."""
     images = pa.array([bytes(2 * MIB)] * 300, pa.large_binary())
     table = pa.table({"id": [str(i) for i in range(300)], "image": images})
     how = {"compression": "zstd", "use_dictionary": False, "write_statistics": False, "write_batch_size": 4}
