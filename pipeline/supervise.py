@@ -62,7 +62,7 @@ def supervise() -> int | None:
             signal.pthread_sigmask(signal.SIG_SETMASK, mask)
             _say(_gives_up(ended))
             return 1
-        at = list(record.moments().values())
+        at = [*ended.slow, *record.moments().values()]  # the first may have ended between our word and its death
         suspects.add(at, whole_parts=deaths >= 2)
         suspects.everything = suspects.everything or deaths >= 3
         _say(_goes_on(ended, at, suspects.everything))
