@@ -32,7 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     with Signals() as signals:
         arguments.signals = signals
         code = _carry_out(arguments)
-    if LEFT_BEHIND:  # threads that hang would keep the interpreter from its end; nothing that they do is visible yet
+    if any(hangs() for hangs in LEFT_BEHIND):  # nothing that they do is visible yet
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)

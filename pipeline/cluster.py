@@ -11,17 +11,20 @@ from __future__ import annotations
 import logging
 import os
 import pickle
+import threading
+import time
 import warnings
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Generator, Iterable, Iterator
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import replace
 from typing import Any
 
 import pyarrow as pa
 import ray
 from ray.data import ActorPoolStrategy, DataContext, TaskPoolStrategy
+from ray.data._internal.execution.execution_callback import ExecutionCallback
 
-from pipeline.batch import Embedded, Failed, Prepared, Work, cut
+from pipeline.batch import Embedded, Failed, Prepared, Work, WorkersLost, cut
 from pipeline.device import LANES
 from pipeline.embed import Embedder, Preparer
 from pipeline.errors import Img2ParquetError, JobFailed
@@ -38,6 +41,13 @@ IMAGE_BYTES = 64 << 10  # typical: a part of a list has the list's own size
 BLOCKS_EACH = 8  # at least, of a small job to each worker: one that has the last block works alone
 MAX_READ_TASKS = 1000
 WORKER_TRIES = 3
+GROWN, GROWN_FOR_S = 1.25, 30.0  # how much larger a cluster must be, and stay, for a graph to begin anew
+LOST = (
+    ray.exceptions.RayActorError,
+    ray.exceptions.WorkerCrashedError,
+    ray.exceptions.NodeDiedError,
+    ray.exceptions.ObjectLostError,
+)
 POOLS = {"both": "workers", "prepare": "preparers", "embed": "models"}  # names for the meter
 
 
@@ -88,16 +98,76 @@ def _silent_stderr() -> Iterator[None]:
         os.close(nowhere)
 
 
-def stream(parts: Iterable[Part], work: Work) -> Iterator[Embedded | Failed]:
-    """Results as batches are finished, in any order. Raises what a worker raised, as our own error where it is one."""
-    dataset = _graph(list(parts), work)
-    try:
-        for block in dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
-            assert isinstance(block, pa.Table)
-            for payload in block.column("payload"):
-                yield pickle.loads(payload.as_buffer())
-    except ray.exceptions.RayError as error:
-        raise _cause(error) from None
+def stream(parts: Iterable[Part], work: Work) -> Stream:
+    """Results as batches are finished, in any order. Raises WorkersLost where workers or nodes died more often than Ray
+    replaces them; what a worker raised, as our own error where it is one; else JobFailed."""
+    return Stream(list(parts), work)
+
+
+class Stream:
+    """One graph and its results, for `rounds`: taken by one thread, abandoned by another."""
+
+    def __init__(self, parts: list[Part], work: Work) -> None:
+        self.parts, self.work, self.workers = parts, work, workers(work.job)
+        self.executor: Any = None
+        self.grown_since: float | None = None
+        self.results = self._results()
+
+    def __iter__(self) -> Iterator[Embedded | Failed]:
+        return self
+
+    def __next__(self) -> Embedded | Failed:
+        return next(self.results)
+
+    def close(self) -> None:
+        self.results.close()
+
+    def abandon(self) -> None:
+        """Kill the graph's tasks and actors. Who waits for its results is told that there are no more."""
+        if self.executor:
+            self.executor.shutdown(force=True)
+
+    def at_work(self) -> dict[str, int]:
+        if self.executor:
+            with suppress(Exception):  # inner names of Ray's, for a message only
+                return {_stage(op.name): op.num_active_tasks() for op in list(self.executor._topology)}
+        return {}
+
+    def is_outgrown(self) -> bool:
+        """Whether the cluster has had room for more workers for a while: a graph keeps the number it began with."""
+        if workers(self.work.job) < GROWN * self.workers:
+            self.grown_since = None
+            return False
+        self.grown_since = self.grown_since or time.monotonic()
+        return time.monotonic() - self.grown_since >= GROWN_FOR_S
+
+    def _results(self) -> Generator[Embedded | Failed]:
+        dataset = _graph(self.parts, self.work)
+        _STARTING.stream = self
+        try:
+            for block in dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
+                assert isinstance(block, pa.Table)
+                for payload in block.column("payload"):
+                    yield pickle.loads(payload.as_buffer())
+        except ray.exceptions.RayError as error:
+            raise _cause(error) from None
+        finally:
+            del _STARTING.stream
+
+
+_STARTING = threading.local()  # `stream`: the one whose graph this thread starts
+
+
+class _Started(ExecutionCallback):  # type: ignore[misc, unused-ignore]
+    """Tells a stream of its executor before anything can hang; the dataset itself knows it after its first block."""
+
+    def before_execution_starts(self, executor: Any) -> None:
+        if stream := getattr(_STARTING, "stream", None):
+            stream.executor = executor
+
+
+def _stage(name: str) -> str:
+    return "reading" if "_Read" in name else "the workers' batches" if "_Step" in name else name
 
 
 def _graph(parts: list[Part], work: Work) -> ray.data.Dataset:
@@ -243,18 +313,19 @@ def _tune_context(block_bytes: int) -> None:
     context.target_max_block_size = block_bytes
     context.enable_progress_bars = False
     context.print_on_execution_start = False
+    if _Started not in context.custom_execution_callback_classes:
+        context.custom_execution_callback_classes.append(_Started)
     context.execution_no_progress_timeout_s = 24 * 3600  # a GPU queue may be long; our own watchdog looks at parts
     logging.getLogger("ray.data").setLevel(logging.ERROR)
 
 
-def _cause(error: BaseException) -> Img2ParquetError:
+def _cause(error: BaseException) -> Img2ParquetError | WorkersLost:
     """The error a worker raised, ours if it is one of ours, without Ray's wrapping."""
     seen: BaseException | None = error
     while seen is not None:
         if isinstance(seen, Img2ParquetError):
             return seen
         seen = getattr(seen, "cause", None) or seen.__cause__
-    if isinstance(error, ray.exceptions.RayActorError):
-        return JobFailed(f"a worker died {WORKER_TRIES} times on the same batches: {error}".splitlines()[0],
-                         hint="run the same command again; what is committed stays")  # fmt: skip
+    if isinstance(error, LOST):
+        return WorkersLost(f"workers were lost, more often than they are replaced: {error}".splitlines()[0])
     return JobFailed(f"a worker failed: {error}")

@@ -90,7 +90,8 @@ class Rounds:
                 raise WorkersLost(why) if pump.can_abandon else self._failure(why)
             if time.monotonic() - looked > LOOK_S:
                 looked = time.monotonic()
-                if self.signals.came is None and pump.is_outgrown():
+                if self.signals.came is None and self._has_untouched() and pump.is_outgrown():
+                    log.warning("%s: the parts that are not whole begin anew", OUTGROWN)
                     return OUTGROWN
         return "the workers ended before their parts did"
 
@@ -105,6 +106,9 @@ class Rounds:
             log.warning("%s: the %d parts that are begun have %.0f s to end; the same again ends at once",
                         came.name, len(self.finishing), half_s)  # fmt: skip
         return self.finishing.isdisjoint(self.ledger.begun()) or time.monotonic() > self.signals.came_at + half_s
+
+    def _has_untouched(self) -> bool:
+        return len(self.ledger.undone()) > len(self.ledger.begun())
 
     def _shown(self) -> tuple[list[Outstanding], int]:
         """A few of the parts that are left, begun ones first: what the others wait for; and how many are left."""
@@ -176,8 +180,7 @@ class Pump:
         ending = threading.Thread(target=self._end, name="img2parquet-ending", daemon=True)
         ending.start()
         ending.join(LEAVE_S)
-        if ending.is_alive():
-            LEFT_BEHIND.add(self.thread.name)
+        LEFT_BEHIND.append(ending.is_alive)
 
     def _end(self) -> None:
         if isinstance(self.stream, Abandonable) and self.thread.is_alive():

@@ -140,8 +140,7 @@ class Session:
         self.report = self._report()
         meter = self._leave_soon()
         late |= wait([meter], timeout=max(LAST_SNAPSHOT_S, deadline - time.monotonic())).not_done
-        if late:
-            LEFT_BEHIND.add("img2parquet-commit")
+        LEFT_BEHIND.append(lambda: not all(future.done() for future in late))
         _raise_first(done)
         tally, word = self.tally, "Ctrl-C" if came == SIGINT else came.name
         raise Stopped(

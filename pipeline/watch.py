@@ -7,7 +7,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -16,7 +16,7 @@ log = logging.getLogger(__name__)
 
 RERUNS = 2  # without a new batch between them
 MOST_TICK_S = 2.0
-LEFT_BEHIND: set[str] = set()  # threads that hang and cannot be ended: with them, so must the process be
+LEFT_BEHIND: list[Callable[[], bool]] = []  # whether something hangs; with it, so would the end of the interpreter
 SHOWN_PARTS, SHOWN_FRAMES = 5, 8
 
 
@@ -39,7 +39,7 @@ class Watch:
 
     def __init__(self, stall_s: float) -> None:
         self.stall_s, self.waited_s, self.looked = stall_s, 0.0, time.monotonic()
-        self.reruns = 0
+        self.reruns, self.told = 0, ""
         self.stalls: list[dict[str, object]] = []  # for the meter
 
     def begin(self) -> None:
@@ -63,6 +63,7 @@ class Watch:
         )
         self.stalls.append({"waited_s": round(self.waited_s), "where": where, "parts": left})
         log.warning("%s\n%s\nthreads of the driver:\n%s", line, told(shown, left), stacks())
+        self.told = line
         return line
 
     def again(self, why: str, left: int) -> bool:
@@ -70,7 +71,9 @@ class Watch:
         self.reruns += 1
         if self.reruns > RERUNS:
             return False
-        log.warning("%s: %d parts are run again with new workers (%d of %d times)", why, left, self.reruns, RERUNS)
+        if why != self.told:
+            log.warning("%s", why)
+        log.warning("%d parts are run again with new workers (%d of %d times)", left, self.reruns, RERUNS)
         return True
 
 

@@ -1,0 +1,198 @@
+"""SIGTERM and Ctrl-C to a driver at random moments: what is whole is committed, and the same command does the rest.
+And a worker that sleeps for ever, in whole jobs: `hang` makes one, in a process of ours or of Ray's."""
+
+from __future__ import annotations
+
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from pipeline.commit import Output
+from pipeline.driver import run
+from pipeline.job import parse_job
+from pipeline.signals import Signals
+from pipeline.verify import verify
+from tests.small import job_dict, make_checkpoint, make_shards
+
+SHARDS, PER_SHARD = 40, 6
+pytestmark = pytest.mark.timeout(300)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("signals")
+    make_shards(folder / "in", SHARDS, PER_SHARD, broken=False)
+    make_checkpoint(folder / "model")
+    run(parse_job(document(folder, str(folder / "quiet"))), "local")
+    return folder
+
+
+def document(made: Path, uri: str, **resources: Any) -> dict[str, Any]:
+    few = {"workers": 1, "batch_size": 4, **resources}
+    return job_dict(f"{made}/in/*.tar", made / "model", uri, resources=few)
+
+
+def start(made: Path, folder: Path, runner: str, hang: str = "", **resources: Any) -> subprocess.Popen[str]:
+    """hang: python that runs first, in this process and in every one of Ray's."""
+    path, site = folder / "job.yaml", folder / "site"
+    path.write_text(yaml.safe_dump(document(made, str(folder / "out"), **resources)))
+    site.mkdir(exist_ok=True)
+    (site / "sitecustomize.py").write_text(hang)
+    environment = {**os.environ, "PYTHONPATH": f"{site}:{Path(__file__).parents[1]}"}
+    command = [sys.executable, "-m", "pipeline.cli", "run", str(path), "--runner", runner]
+    return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=environment)
+
+
+def parts(folder: Path) -> int:
+    return len(list((folder / "out").glob("model=*/part-*.parquet")))
+
+
+def wait_for_parts(process: subprocess.Popen[str], folder: Path, count: int) -> None:
+    while process.poll() is None and parts(folder) < count:
+        time.sleep(0.01)
+
+
+def check_whole(made: Path, folder: Path) -> None:
+    stores = [Output.at(str(place)) for place in (made / "quiet", folder / "out")]
+    assert verify(stores[1]) == []
+    quiet, ours = ({n: o.store.read(e.uri) for n, e in o.part_files().items()} for o in stores)
+    assert ours == quiet
+
+
+def torment(made: Path, folder: Path, runner: str, number: signal.Signals, times: int, seed: int) -> int:
+    """How many signals hit a driver at work."""
+    rng, hits = random.Random(seed), 0
+    for _ in range(times):
+        process = start(made, folder, runner)
+        wait_for_parts(process, folder, parts(folder) + rng.randint(1, 4))
+        time.sleep(rng.random() * 0.05)
+        process.send_signal(number)
+        said = process.communicate(timeout=60)[1]
+        if process.returncode == 0:
+            continue
+        assert process.returncode == 128 + number, said
+        assert "Traceback" not in said
+        told = re.search(
+            r"^stopped by (SIGTERM|Ctrl-C): (\d+) of 40 parts are committed; run the same command", said, re.M
+        )
+        if told:
+            assert int(told[2]) == parts(folder)
+            assert list((folder / "out").glob("_meter-*"))
+            hits += 1
+    last = start(made, folder, runner)
+    said = last.communicate(timeout=120)[1]
+    assert last.returncode == 0, said
+    check_whole(made, folder)
+    return hits
+
+
+def test_sigterm_at_random_moments_and_a_resume(made: Path, tmp_path: Path) -> None:
+    assert torment(made, tmp_path, "local", signal.SIGTERM, times=3, seed=0) >= 1
+
+
+@pytest.mark.slow
+def test_ctrl_c_and_a_resume(made: Path, tmp_path: Path) -> None:
+    assert torment(made, tmp_path, "local", signal.SIGINT, times=2, seed=1) >= 1
+
+
+@pytest.mark.slow
+def test_sigterm_to_a_ray_driver(made: Path, tmp_path: Path) -> None:
+    assert torment(made, tmp_path, "ray", signal.SIGTERM, times=2, seed=2) >= 1
+
+
+SLEEP_ONCE = """
+import os, sys, time
+if "pipeline.cli" in " ".join(sys.orig_argv) or "default_worker" in " ".join(sys.orig_argv):
+    import pipeline.embed
+    real = pipeline.embed.Preparer.__call__
+    def prepare(self, batch):
+        if batch.part_index == 5:
+            try:
+                os.close(os.open({marker!r}, os.O_CREAT | os.O_EXCL))
+            except FileExistsError:
+                pass
+            else:
+                time.sleep(3600)
+        return real(self, batch)
+    pipeline.embed.Preparer.__call__ = prepare
+"""
+
+
+def test_a_sleeping_local_worker_ends_in_one_error_that_names_its_batch(made: Path, tmp_path: Path) -> None:
+    process = start(made, tmp_path, "local", SLEEP_ONCE.format(marker=str(tmp_path / "slept")), stall_s=2)
+    said = process.communicate(timeout=120)[1]
+    assert process.returncode == 1, said
+    assert said.count("threads of the driver") == 1
+    error = said[said.index("error: ") :]
+    assert "part 5: batch 0 is missing" in error and "run the same command again" in error and "Traceback" not in error
+    again = start(made, tmp_path, "local", SLEEP_ONCE.format(marker=str(tmp_path / "slept")), stall_s=2)
+    assert again.wait(120) == 0
+    check_whole(made, tmp_path)
+
+
+@pytest.mark.slow
+def test_a_sleeping_ray_worker_is_replaced(made: Path, tmp_path: Path) -> None:
+    process = start(made, tmp_path, "ray", SLEEP_ONCE.format(marker=str(tmp_path / "slept")), stall_s=20)
+    said = process.communicate(timeout=200)[1]
+    assert process.returncode == 0, said
+    assert (tmp_path / "slept").exists() and "parts are run again with new workers (1 of 2 times)" in said
+    assert "the workers' batches" in said
+    check_whole(made, tmp_path)
+
+
+@pytest.mark.slow
+def test_a_ray_worker_that_always_sleeps_ends_in_one_error(made: Path, tmp_path: Path) -> None:
+    always = SLEEP_ONCE.format(marker=str(tmp_path / "slept")).replace("os.O_CREAT | os.O_EXCL", "os.O_CREAT")
+    process = start(made, tmp_path, "ray", always, stall_s=15)
+    said = process.communicate(timeout=250)[1]
+    assert process.returncode == 1, said
+    assert "part 5: batch 0 is missing" in said[said.index("error: ") :]
+    assert 0 < parts(tmp_path) < SHARDS
+
+
+def test_the_second_signal_ends_at_once(made: Path, tmp_path: Path) -> None:
+    process = start(made, tmp_path, "local", SLEEP_ONCE.format(marker=str(tmp_path / "slept")), grace_s=600)
+    while not (tmp_path / "slept").exists():
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    time.sleep(1.0)  # beyond what counts as the same wish
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=30)
+    assert process.returncode == 143
+
+
+def test_a_wish_that_comes_twice_at_once_counts_once() -> None:
+    with Signals() as signals, signals.patience():
+        for _ in range(3):
+            os.kill(os.getpid(), signal.SIGTERM)
+        assert signals.came == signal.SIGTERM and signals.exit_code == 143
+
+
+def test_handlers_are_as_before_and_nothing_is_heard_outside_the_main_thread() -> None:
+    before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
+    with Signals() as signals:
+        assert signal.getsignal(signal.SIGINT) == signals._on
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+    assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == before
+    heard = list[object]()
+
+    def elsewhere() -> None:
+        with Signals():
+            heard.append(signal.getsignal(signal.SIGINT))
+
+    thread = threading.Thread(target=elsewhere)
+    thread.start()
+    thread.join()
+    assert heard == before[1:]
