@@ -18,6 +18,7 @@ The way of one image, a file for each step:
     session.py      what is left of a job, gathered and committed; meter.py says what held it up
     finish.py       every part's footer -> rejects, manifest, totals
     driver.py       a job from start to end
+    generations.py  what later runs added to an output: names, records and union; retrying.py tries rejects again
 """
 
 from __future__ import annotations
@@ -29,15 +30,20 @@ if TYPE_CHECKING:
     from pipeline.job import JobSpec, load_job, parse_job
     from pipeline.models import load_model
     from pipeline.results import open_results, read_rejects, status
+    from pipeline.retrying import RetrySummary, retry
 
 _HOME = {
     "JobSpec": "pipeline.job", "load_job": "pipeline.job", "parse_job": "pipeline.job",
     "load_model": "pipeline.models",
     "open_results": "pipeline.results", "read_rejects": "pipeline.results", "status": "pipeline.results",
     "run": "pipeline.driver", "Summary": "pipeline.driver",
+    "retry": "pipeline.retrying", "RetrySummary": "pipeline.retrying",
 }  # fmt: skip
 
-__all__ = ["JobSpec", "Summary", "load_job", "load_model", "open_results", "parse_job", "read_rejects", "run", "status"]
+__all__ = [
+    "JobSpec", "RetrySummary", "Summary", "load_job", "load_model", "open_results", "parse_job", "read_rejects",
+    "retry", "run", "status",
+]  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:

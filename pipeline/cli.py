@@ -98,11 +98,12 @@ def _parser() -> argparse.ArgumentParser:
         action="store_true",
         help="count rows and rejects also where that needs a read for each of many parts",
     )
-    for name, function, text in (
-        ("verify", _verify, "check every byte of an output against its plan; exit 1 and a list if anything is wrong"),
-        ("rejects", _rejects, "the rejected images, as JSON lines"),
-    ):
-        _command(commands, name, function, text).add_argument("uri", help="the job's output.uri")
+    verify = "check every byte of an output against its plan; exit 1 and a list if anything is wrong"
+    _command(commands, "verify", _verify, verify).add_argument("uri", help="the job's output.uri")
+    rejects = _command(commands, "rejects", _rejects, "the rejected images that stand, as JSON lines")
+    rejects.add_argument("uri", help="the job's output.uri")
+    rejects.add_argument("--superseded", action="store_true", help="those that retries have tried again, instead")
+    _add_retry(commands)
     _command(commands, "models", _models, "the families and published checkpoints, with what each can give")
     _command(commands, "schema", _schema, "the job file's JSON Schema, for editors")
     demo = _command(commands, "demo", _demo, "make shards of real photographs and label them (in a checkout)")
@@ -114,6 +115,22 @@ def _command(commands: Any, name: str, function: object, text: str) -> argparse.
     parser: argparse.ArgumentParser = commands.add_parser(name, help=text, description=text)
     parser.set_defaults(command=function)
     return parser
+
+
+def _add_retry(commands: Any) -> None:
+    retry = _command(commands, "retry", _retry, "try the rejects of an output again; the same command resumes")
+    retry.set_defaults(is_supervised=True)
+    retry.add_argument("uri", help="the job's output.uri")
+    retry.add_argument(
+        "--reason",
+        action="append",
+        metavar="R",
+        help="these alone (not_found, worker_died, ...); default: all that may",
+    )
+    retry.add_argument("--set", action="append", default=[], metavar="A.B=C", help="override a field of the job")
+    retry.add_argument("--runner", choices=["ray", "local"], default="ray", help="as of `run`")
+    retry.add_argument("--address", help="as of `run`")
+    retry.add_argument("--json", action="store_true", help="print the summary as JSON")
 
 
 def _add_job(parser: argparse.ArgumentParser) -> None:
@@ -144,10 +161,46 @@ def _run(arguments: argparse.Namespace) -> int:
     return DONE
 
 
+def _retry(arguments: argparse.Namespace) -> int:
+    from pipeline.progress import Progress
+    from pipeline.retrying import retry
+
+    progress = Progress()
+    try:
+        summary = retry(
+            arguments.uri,
+            arguments.reason,
+            arguments.runner,
+            address=arguments.address,
+            overrides=arguments.set,
+            signals=arguments.signals,
+            on_change=progress,
+        )
+    finally:
+        progress.close()
+    if arguments.json:
+        print(_json_line(summary.__dict__))
+    else:
+        print_retry(summary)
+    return DONE
+
+
+def print_retry(summary: Any) -> None:
+    """A finished retry in a few lines; rows are those of the whole output."""
+    if not summary.tried:
+        say("retry      nothing to do: no reject stands that could be tried again for these reasons")
+    else:
+        recovered = ", ".join(f"{rows:,} rows to model={name}" for name, rows in summary.recovered.items() if rows)
+        say(f"retry      no. {summary.generation}: {summary.tried:,} images tried again, {recovered or 'no rows'}")
+    print_summary(summary)
+
+
 def print_summary(summary: Any) -> None:
     """A finished job in a few lines."""
     done_now = summary.parts - summary.parts_done_before
-    if done_now:
+    if not summary.parts:
+        pass  # of a retry with nothing to do
+    elif done_now:
         say(f"parts      {summary.parts} ({done_now} now, {summary.parts_done_before} before)")
     else:
         say(f"parts      {summary.parts}, all committed before: nothing to do")
@@ -205,6 +258,9 @@ def print_status(now: Any) -> None:
     rows = f"{now.rows_in:,}" if now.rows_in is not None else unknown
     planned = f" of {now.rows_planned:,}" if now.rows_planned is not None else ""
     say(f"state      {'complete' if now.is_complete else 'not complete'}")
+    if now.generation:
+        left = f", {now.retry_files_left} files of the last one are left" if now.retry_files_left else ""
+        say(f"retried    {now.generation} times{left}")
     for name, done in now.parts_done.items():
         written = f", {now.rows_written[name]:,} rows" if now.rows_written is not None else ""
         say(f"model      {name}: {done} of {now.parts} parts{written}")
@@ -233,7 +289,7 @@ def _verify(arguments: argparse.Namespace) -> int:
 def _rejects(arguments: argparse.Namespace) -> int:
     from pipeline.results import read_rejects
 
-    table = read_rejects(arguments.uri)
+    table = read_rejects(arguments.uri, superseded=arguments.superseded)
     counts: Counter[str] = Counter()
     for batch in table.to_batches(max_chunksize=10_000):
         for row in batch.to_pylist():

@@ -12,6 +12,7 @@ from pipeline.batch import Work
 from pipeline.commit import Output
 from pipeline.errors import JobError, RejectLimitExceeded, nearest
 from pipeline.finish import finish, stored_totals
+from pipeline.generations import History, read_history
 from pipeline.job import JobSpec
 from pipeline.losses import mean_losses
 from pipeline.plan import Plan, identities, make_plan, most_rows
@@ -57,27 +58,18 @@ def run(
     Raises UserError before anything is read, JobFailed when parts could not be done, RejectLimitExceeded after
     committing what is good, StorageError when the output cannot be written; and where a command gives its `signals`,
     Stopped after the first of them: without, Ctrl-C is a KeyboardInterrupt, and SIGTERM what the caller made of it."""
-    module = _runner(runner)
+    module = choose_runner(runner)
     output = Output.at(job.output.uri, Store(job.output.storage_options))
     asked = _as_begun(job, output)
     probe: Probe = module.start(asked, address) if runner == "ray" else module.start(asked)
     ids = identities(job, probe.cards, probe.dtype)
     plan, digest = output.begin(ids, lambda: make_plan(job, probe.cards, probe.dtype))
     record = output.record_run(_record(job, plan, digest, probe))
-    work = Work(
-        job,
-        probe.cards,
-        probe.dtype,
-        probe.device,
-        batch_size=record["batch_size"],
-        threads=record["threads_per_worker"],
-        most_rows=most_rows(job, probe.cards),
-    )
-    session, totals = _begin(output, plan, work, on_change)
+    session, history, totals = _begin(output, plan, make_work(job, probe, record), on_change)
     if signals:
         signals.listen()
     session.run(module, signals)
-    return _finish(job, session, totals)
+    return _finish(job, session, history, totals)
 
 
 def _as_begun(job: JobSpec, output: Output) -> JobSpec:
@@ -89,7 +81,7 @@ def _as_begun(job: JobSpec, output: Output) -> JobSpec:
     return job.model_copy(update={"resources": resources})
 
 
-def _runner(name: str) -> ModuleType:
+def choose_runner(name: str) -> ModuleType:
     """The module behind a runner's name; ray is imported only when asked for."""
     if name == "local":
         from pipeline import local
@@ -117,23 +109,51 @@ def _record(job: JobSpec, plan: Plan, digest: str, probe: Probe) -> dict[str, An
     }
 
 
+def make_work(job: JobSpec, probe: Probe, record: Mapping[str, Any]) -> Work:
+    """record: of the run, or of a retry."""
+    return Work(
+        job,
+        probe.cards,
+        probe.dtype,
+        probe.device,
+        batch_size=record["batch_size"],
+        threads=record["threads_per_worker"],
+        most_rows=most_rows(job, probe.cards),
+    )
+
+
 def _begin(
     output: Output, plan: Plan, work: Work, on_change: Callable[[Tally], None]
-) -> tuple[Session, dict[str, Any] | None]:
+) -> tuple[Session, History, dict[str, Any] | None]:
     """What is left, from one listing; and the totals, where nothing is left and all that is derived is there too."""
     files = output.files()
-    session = Session(output, plan, work, files, on_change)
-    return session, None if session.left else stored_totals(output, plan, files)
+    session, history = Session(output, plan, work, files, on_change), read_history(output, plan, files)
+    return session, history, None if session.left else stored_totals(output, history, files)
 
 
-def _finish(job: JobSpec, session: Session, stored: dict[str, Any] | None) -> Summary:
+def _finish(job: JobSpec, session: Session, history: History, stored: dict[str, Any] | None) -> Summary:
     """Gather, judge the rejects, and mark the output as complete. Raises RejectLimitExceeded."""
-    output, plan, tally, meter = session.output, session.plan, session.tally, session.report
-    images_per_s = tally.images_per_s
-    totals = stored or finish(output, plan, session.footers, meter)
-    losses = totals.get("losses", {}) if stored else mean_losses(job, output, plan)
-    summary = Summary(
-        output_uri=output.uri,
+    output, plan = session.output, session.plan
+    images_per_s = session.tally.images_per_s  # before gathering, which is no part of it
+    totals = stored or finish(output, plan, session.footers, session.report)
+    if not stored and history.later:  # a part that was gone is back: what retries have added counts as before
+        stored = stored_totals(output, history, output.files())
+        totals = stored or totals
+    losses = totals.get("losses", {}) if stored else mean_losses(job, output, plan.names)
+    summary = summarise(session, totals, losses, images_per_s)
+    judge(job, output, totals)
+    if not stored:
+        output.succeed({**totals, "losses": losses} if losses else totals)
+    return summary
+
+
+def summarise(
+    session: Session, totals: Mapping[str, Any], losses: dict[str, float | None], images_per_s: float
+) -> Summary:
+    """totals: of the whole output."""
+    tally, plan, meter = session.tally, session.plan, session.report
+    return Summary(
+        output_uri=session.output.uri,
         models=tuple(plan.identities),
         parts=len(plan.parts),
         parts_done_before=tally.parts_done_before,
@@ -146,13 +166,10 @@ def _finish(job: JobSpec, session: Session, stored: dict[str, Any] | None) -> Su
         meter=meter,
         losses=losses,
     )
-    _judge(job, output, totals)
-    if not stored:
-        output.succeed({**totals, "losses": losses} if losses else totals)
-    return summary
 
 
-def _judge(job: JobSpec, output: Output, totals: Mapping[str, Any]) -> None:
+def judge(job: JobSpec, output: Output, totals: Mapping[str, Any]) -> None:
+    """Raises RejectLimitExceeded. totals: of all generations."""
     rejected = sum(totals["rejected"].values())
     if rejected > job.reject_limit * totals["rows_in"]:
         by_reason = ", ".join(f"{reason} {count}" for reason, count in totals["rejected"].items())

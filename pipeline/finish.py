@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import islice
+from itertools import groupby
 from typing import Any
 
 import pyarrow as pa
@@ -18,15 +18,20 @@ import pyarrow.parquet as pq
 
 from pipeline.commit import MANIFEST, REJECTS, SUCCESS, Footer, Output, is_part_file, model_of
 from pipeline.errors import RunMismatch, StorageError
+from pipeline.generations import (
+    REJECT_SCHEMA,
+    History,
+    Standing,
+    encode_rejects,
+    of_generation,
+    read_history,
+    read_standing,
+    supersede,
+    to_table,
+)
 from pipeline.plan import Plan
 from pipeline.storage import Entry
 
-REJECT_SCHEMA = pa.schema(
-    [
-        ("model", pa.string()), ("part", pa.int32()), ("shard", pa.string()), ("key", pa.string()), ("row", pa.int64()),
-        ("stage", pa.string()), ("reason", pa.string()), ("message", pa.string()), ("offset", pa.int64()),
-    ]
-)  # fmt: skip
 MANIFEST_SCHEMA = pa.schema(
     [
         ("file", pa.string()), ("model", pa.string()), ("part", pa.int32()), ("rows_in", pa.int64()),
@@ -34,7 +39,6 @@ MANIFEST_SCHEMA = pa.schema(
     ]
 )  # fmt: skip
 METER_KEY = b"img2parquet.meter"  # in the manifest's metadata: the session that ended the job, or the last that worked
-ROWS_AT_ONCE = 16_384
 DERIVED = {REJECTS, MANIFEST, SUCCESS}
 
 
@@ -44,21 +48,44 @@ def finish(output: Output, plan: Plan, known: Mapping[str, Footer], meter: Mappi
     known: footers by file name, which need not be read. meter: of this session; {} is the last one that worked.
     Lists once. Raises RunMismatch, StorageError."""
     files = output.files()
-    _check_complete(output, plan, files)
+    check_complete(output, read_history(output, plan, files), files, generation=0)
     counting = Counting()
     output.put_once(REJECTS, encode_rejects(counting.rejects(output.footers(plan.names_by_part(), files, known))))
     output.put_once(MANIFEST, encode_manifest(counting, files, meter or output.last_meter(files)))
     return counting.totals(len(plan.parts))
 
 
-def stored_totals(output: Output, plan: Plan, files: Mapping[str, Entry]) -> dict[str, Any] | None:
-    """What _SUCCESS says of an output that is complete with all that is derived from it; None where it is not.
+def finish_retry(
+    output: Output, history: History, known: Mapping[str, Footer], meter: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The same for the last generation, a retry: what it wrote into its manifest, what stands now into its rejects; the
+    totals of all generations."""
+    retry, files = history.later[-1], output.files()
+    generation = retry.generation
+    check_complete(output, history, files, generation)
+    counting = Counting()
+    again = pa.Table.from_pylist(
+        list(counting.rejects(output.footers(retry.names_by_part(), files, known))), schema=REJECT_SCHEMA
+    )
+    before = read_standing(output, generation - 1)
+    if before is None:
+        raise StorageError(f"{output.uri}: {of_generation(REJECTS, generation - 1)} is gone", hint="put it back")
+    standing = supersede(before, to_table(retry.rejects), again)
+    output.put_once(of_generation(REJECTS, generation), encode_rejects(standing))
+    manifest = encode_manifest(counting, files, meter or output.last_meter(files))
+    output.put_once(of_generation(MANIFEST, generation), manifest)
+    return totals(read_manifests(output, history), standing)
+
+
+def stored_totals(output: Output, history: History, files: Mapping[str, Entry]) -> dict[str, Any] | None:
+    """What the last _SUCCESS says of an output that is complete with all that is derived from it; None where it is not.
 
     files: everything in the output. Raises RunMismatch for files of another run."""
-    if not files.keys() >= DERIVED:
+    ended = history.ended(files)
+    if ended is None or not files.keys() >= {of_generation(name, ended) for name in DERIVED}:
         return None
-    _check_complete(output, plan, files)
-    return output.success()
+    check_complete(output, history, files, ended)
+    return output.success(of_generation(SUCCESS, ended))
 
 
 @dataclass
@@ -73,45 +100,64 @@ class Counting:
     rows_in: int = 0
 
     def rejects(self, footers: Iterable[tuple[str, Footer]]) -> Iterator[dict[str, Any]]:
-        """The reject rows of all files. Counts while it is consumed."""
-        part, seen = Footer("", -1, 0, 0, ""), dict[int, str]()
-        for name, footer in footers:
-            if footer.part_index != part.part_index:
-                self._end_part(part, seen)
-                part, seen = footer, {}
-            elif footer.rows_in != part.rows_in:
-                raise StorageError(f"part {footer.part_index}: its models do not agree on how many rows came in")
-            model = model_of(name)
-            self.files.append(name)
-            self.counts.append((footer.part_index, footer.rows_in, footer.rows))
-            self.digests.append(footer.digest)
-            self.written[model] += footer.rows
-            for reject in footer.rejects:
-                seen.setdefault(reject["row"], reject["reason"])
-                yield {"model": model, "part": footer.part_index, **reject}
-        self._end_part(part, seen)
+        """The reject rows of all files that stand: of a part and a model, come the oldest generation first. Counts
+        while it is consumed."""
+        for index, of_part in groupby(footers, key=lambda item: item[1].part_index):
+            seen, first = dict[int, str](), None
+            for model, of_model in groupby(of_part, key=lambda item: model_of(item[0])):
+                standing = Standing()
+                for name, footer in of_model:
+                    if footer.generation == 0 and footer.rows_in != (first := first or footer).rows_in:
+                        raise StorageError(f"part {index}: its models do not agree on how many rows came in")
+                    standing.add(footer)
+                    self._count(name, model, footer)
+                for row in sorted(standing.rejects):
+                    seen.setdefault(row, standing.rejects[row]["reason"])  # rejected by several models, it counts once
+                    yield {"model": model, "part": index, **standing.rejects[row]}
+            self.rows_in += first.rows_in if first else 0
+            self.reasons.update(seen.values())
 
-    def _end_part(self, part: Footer, seen: Mapping[int, str]) -> None:
-        """An image that several models rejected counts once."""
-        self.rows_in += part.rows_in
-        self.reasons.update(seen.values())
+    def _count(self, name: str, model: str, footer: Footer) -> None:
+        self.files.append(name)
+        self.counts.append((footer.part_index, footer.rows_in, footer.rows))
+        self.digests.append(footer.digest)
+        self.written[model] += footer.rows
 
     def totals(self, parts: int) -> dict[str, Any]:
-        by_reason = sorted(self.reasons.items(), key=lambda item: (-item[1], item[0]))
         return {
             "parts": parts,
             "rows_in": self.rows_in,
             "rows_written": dict(sorted(self.written.items())),
-            "rejected": dict(by_reason),
+            "rejected": by_count(self.reasons),
         }
 
 
-def encode_rejects(rows: Iterator[dict[str, Any]]) -> bytes:
-    sink = pa.BufferOutputStream()
-    with pq.ParquetWriter(sink, REJECT_SCHEMA, compression="zstd") as writer:
-        while some := list(islice(rows, ROWS_AT_ONCE)):
-            writer.write_table(pa.Table.from_pylist(some, schema=REJECT_SCHEMA))
-    return bytes(sink.getvalue())
+def totals(manifests: Sequence[pa.Table], standing: pa.Table) -> dict[str, Any]:
+    """Of the union, from what was derived of each generation: its manifest, oldest first, and the last's rejects."""
+    first = manifests[0].select(["part", "rows_in"]).group_by("part").aggregate([("rows_in", "max")])
+    written: Counter[str] = Counter()
+    for manifest in manifests:
+        for row in manifest.group_by("model").aggregate([("rows", "sum")]).to_pylist():
+            written[row["model"]] += row["rows_sum"]
+    images = standing.group_by(["part", "row"], use_threads=False).aggregate([("reason", "first")])
+    reasons = Counter(images.column("reason_first").to_pylist())
+    return {
+        "parts": first.num_rows,
+        "rows_in": sum(first.column("rows_in_max").to_pylist()),
+        "rows_written": dict(sorted(written.items())),
+        "rejected": by_count(reasons),
+    }
+
+
+def by_count(reasons: Mapping[str, int]) -> dict[str, int]:
+    """The most frequent first."""
+    return dict(sorted(reasons.items(), key=lambda item: (-item[1], item[0])))
+
+
+def read_manifests(output: Output, history: History) -> list[pa.Table]:
+    """Of every generation. Raises StorageError."""
+    uris = [f"{output.uri}/{of_generation(MANIFEST, g)}" for g in range(history.generation + 1)]
+    return [pq.read_table(pa.BufferReader(output.store.read(uri))) for uri in uris]
 
 
 def encode_manifest(counting: Counting, files: Mapping[str, Entry], meter: Mapping[str, Any]) -> bytes:
@@ -131,9 +177,12 @@ def encode_manifest(counting: Counting, files: Mapping[str, Entry], meter: Mappi
     return bytes(sink.getvalue())
 
 
-def _check_complete(output: Output, plan: Plan, files: Mapping[str, Entry]) -> None:
-    names = set(plan.names_by_part())
-    foreign, gone = {name for name in files if is_part_file(name)} - names, names - files.keys()
+def check_complete(output: Output, history: History, files: Mapping[str, Entry], generation: int) -> None:
+    """Every file that was planned up to this generation is there, and none that no generation has planned. Raises
+    RunMismatch, StorageError."""
+    known = set(history.names_by_part())
+    names = set(history.upto(generation).names_by_part())
+    foreign, gone = {name for name in files if is_part_file(name)} - known, names - files.keys()
     if foreign:
         raise RunMismatch(
             f"{output.uri} holds files of another run: {', '.join(sorted(foreign)[:3])} ({len(foreign)} in all)",

@@ -143,7 +143,9 @@ class Resources(Settings):
     workers: int | Literal["auto"] = Field(default="auto", description="Worker threads (local) or actors (ray)")
     threads_per_worker: int = Field(default=1, ge=1, description="Threads of one worker's matrix products")
     batch_size: int | Literal["auto"] = Field(default="auto", description="Images per forward pass")
-    gpus_per_worker: float | Literal["auto"] = Field(default="auto", ge=0, description="GPUs of one Ray actor")
+    gpus_per_worker: Annotated[float, Field(ge=0)] | Literal["auto"] = Field(
+        default="auto", description="GPUs of one Ray actor"
+    )
     image_timeout_s: float = Field(
         default=60.0,
         gt=0,
@@ -228,15 +230,15 @@ def load_job(path: str | Path, overrides: Sequence[str] = ()) -> JobSpec:
 def parse_job(document: Mapping[str, Any], overrides: Sequence[str] = (), where: str = "job") -> JobSpec:
     """A job as plain dicts and lists to a JobSpec. Raises JobError."""
     document = json.loads(json.dumps(document, default=str))
-    for override in overrides:
-        _override(document, override)
+    for text in overrides:
+        override(document, text)
     try:
         return JobSpec.model_validate(document)
     except ValidationError as error:
         raise _explain(error, where) from None
 
 
-def _override(document: Any, text: str) -> None:
+def override(document: Any, text: str) -> None:
     """Apply `a.b=c` or `models.0.name=c` (also `models[0].name=c`); the value is read as YAML."""
     path, equals, value = text.partition("=")
     steps = [step for step in re.split(r"[.\[\]]+", path) if step]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -10,22 +10,19 @@ import pyarrow.dataset as ds
 
 from pipeline.commit import Output
 from pipeline.job import JobSpec
-from pipeline.plan import Plan
 
 
-def mean_losses(job: JobSpec, output: Output, plan: Plan) -> dict[str, float | None]:
-    """`model.column` -> the mean over the rows that have a loss; None where none has. Reads those columns only."""
+def mean_losses(job: JobSpec, output: Output, names: Mapping[str, Iterable[str]]) -> dict[str, float | None]:
+    """`model.column` -> the mean over the rows that have a loss; None where none has. Reads those columns only.
+
+    names: of each model's files, in the order of the sum."""
     return {
-        f"{model.name}.{column}": _mean(output, _files(plan, model.name), column)
+        f"{model.name}.{column}": _mean(output, names[model.name], column)
         for model in job.models
         for wanted in model.outputs
         if wanted.kind == "loss"
         for column in wanted.column_names()
     }
-
-
-def _files(plan: Plan, model: str) -> list[str]:
-    return [plan.file_name(model, part) for part in plan.parts]
 
 
 def _mean(output: Output, names: Iterable[str], column: str) -> float | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,24 +11,34 @@ import pyarrow as pa
 import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 
-from pipeline.commit import PLAN, REJECTS, SUCCESS, Output
+from pipeline.commit import PLAN, SUCCESS, Footer, Output
 from pipeline.errors import InputError, nearest
-from pipeline.finish import REJECT_SCHEMA, Counting, encode_rejects
+from pipeline.finish import Counting
+from pipeline.generations import (
+    REJECT_SCHEMA,
+    History,
+    encode_rejects,
+    of_generation,
+    read_history,
+    read_standing,
+)
 from pipeline.plan import Plan
+from pipeline.schema import Part
 from pipeline.storage import Entry
 
 FEW_FILES = 1000  # footers that `status` reads unasked: seconds on any store
 
 
 def open_results(uri: str, model: str | None = None, **storage_options: Any) -> ds.Dataset:
-    """A pyarrow dataset over the committed files of one model, with `model` as partition column.
+    """A pyarrow dataset over the committed files of one model, retries' too, with `model` as partition column.
 
     `model` may be left out where the output has one model, or several with the same columns.
     Raises InputError where there are none."""
     output = _output(uri, storage_options)
     plan = _plan(output)
-    there = output.files().keys()
-    committed = {m: [name for name in names if name in there] for m, names in plan.names.items()}
+    there = output.files()
+    history = read_history(output, plan, there)
+    committed = {m: [name for name in names if name in there] for m, names in history.names.items()}
     if model is not None and model not in plan.identities:
         known = sorted(plan.identities)
         raise InputError(f"{uri}: no model `{model}`", known=known, hint=nearest(model, known))
@@ -45,23 +55,39 @@ def open_results(uri: str, model: str | None = None, **storage_options: Any) -> 
     )
 
 
-def read_rejects(uri: str, **storage_options: Any) -> pa.Table:
-    """Every reject of the committed parts, one row per model and image, part by part.
+def read_rejects(uri: str, *, superseded: bool = False, **storage_options: Any) -> pa.Table:
+    """Every reject of the committed parts that stands, one row per model and image, part by part.
 
-    From `_rejects.parquet` where the job has come to its end, else from the footer of each file."""
+    From `_rejects` of the last generation where that has come to its end, else from the footer of each file.
+    superseded: those that a retry has tried again, instead: once for each retry that did, the oldest first."""
     output = _output(uri, storage_options)
     plan = _plan(output)
     files = output.files()
-    if REJECTS in files:
-        return pq.read_table(pa.BufferReader(output.store.read(files[REJECTS].uri))).cast(REJECT_SCHEMA)
-    names = [name for name in plan.names_by_part() if name in files]
-    data = encode_rejects(Counting().rejects(output.footers(names, files)))
+    history = read_history(output, plan, files)
+    if superseded:
+        footers = [found for retry in history.later for found in _footers(output, retry.files(), files)]
+        rows = ({"model": model, "part": f.part_index, **reject} for model, f in footers for reject in f.superseded)
+        return pa.Table.from_pylist(list(rows), schema=REJECT_SCHEMA)
+    standing = read_standing(output, history.generation)
+    if standing is not None:
+        return standing
+    footers_of_all = output.footers([name for name in history.names_by_part() if name in files], files)
+    data = encode_rejects(Counting().rejects(footers_of_all))
     return pq.read_table(pa.BufferReader(data)).cast(REJECT_SCHEMA)
+
+
+def _footers(
+    output: Output, planned: Iterable[tuple[str, Part, str]], files: Mapping[str, Entry]
+) -> Iterator[tuple[str, Footer]]:
+    """Model and footer of the files that are there."""
+    models = {name: model for model, _, name in planned if name in files}
+    return ((models[name], footer) for name, footer in output.footers(models, files))
 
 
 @dataclass(frozen=True)
 class Status:
-    """How far a run is. Counts are None where only footers tell them and they were too many to be read unasked."""
+    """How far a run is. Counts are None where only footers tell them and they were too many to be read unasked; they
+    are of all generations."""
 
     uri: str
     parts: int
@@ -71,7 +97,9 @@ class Status:
     rows_written: dict[str, int] | None
     rejected: int | None
     size_bytes: int
-    is_complete: bool
+    is_complete: bool  # and so is the last retry that was begun, if any
+    generation: int  # the last that was begun: so many retries
+    retry_files_left: int  # of the last retry
     meter: dict[str, Any]  # of the last session that worked, as it was a while ago; {} where none has said
 
     @property
@@ -92,10 +120,12 @@ def status(uri: str, *, read_footers: bool | None = None, **storage_options: Any
     output = _output(uri, storage_options)
     plan = _plan(output)
     files = output.files()
+    history = read_history(output, plan, files)
     done = {model: [name in files for name in names] for model, names in plan.names.items()}
-    names = [name for name in plan.names_by_part() if name in files]
+    names = [name for name in history.names_by_part() if name in files]
     wants_footers = len(names) <= FEW_FILES if read_footers is None else read_footers
-    totals = output.success() if SUCCESS in files else _counted(output, plan, files) if wants_footers else {}
+    is_complete = of_generation(SUCCESS, history.generation) in files
+    totals = _success(output, history) if is_complete else _counted(output, history, files) if wants_footers else {}
     return Status(
         uri=output.uri,
         parts=len(plan.parts),
@@ -105,19 +135,27 @@ def status(uri: str, *, read_footers: bool | None = None, **storage_options: Any
         rows_written=totals["rows_written"] if totals else None,
         rejected=sum(totals["rejected"].values()) if totals else None,
         size_bytes=sum(files[name].size_bytes for name in names),
-        is_complete=SUCCESS in files,
+        is_complete=is_complete,
+        generation=history.generation,
+        retry_files_left=sum(name not in files for retry in history.later[-1:] for name in retry.names_by_part()),
         meter=output.last_meter(files),
     )
 
 
-def _counted(output: Output, plan: Plan, files: Mapping[str, Entry]) -> dict[str, Any]:
+def _success(output: Output, history: History) -> dict[str, Any]:
+    return output.success(of_generation(SUCCESS, history.generation)) or {}
+
+
+def _counted(output: Output, history: History, files: Mapping[str, Entry]) -> dict[str, Any]:
     """Totals from the footers that are there; rows in are those of parts that are done for every model."""
-    names = [name for name in plan.names_by_part() if name in files]
-    counting = Counting()
+    names = [name for name in history.names_by_part() if name in files]
+    first = set(history.plan.names_by_part())
+    counting, plan = Counting(), history.plan
     for _ in counting.rejects(output.footers(names, files)):
         pass
-    models = Counter(part for part, _, _ in counting.counts)
-    whole = {part: rows_in for part, rows_in, _ in counting.counts if models[part] == len(plan.identities)}
+    begun = [counts for name, counts in zip(counting.files, counting.counts, strict=True) if name in first]
+    models = Counter(part for part, _, _ in begun)
+    whole = {part: rows_in for part, rows_in, _ in begun if models[part] == len(plan.identities)}
     written = {model: counting.written[model] for model in plan.identities}
     return {**counting.totals(len(plan.parts)), "rows_written": written, "rows_in": sum(whole.values())}
 

@@ -11,7 +11,7 @@ import hashlib
 import json
 from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -32,6 +32,8 @@ Reason = Literal[
     "worker_died",  # the decoder or model took its process with it
     "timed_out",
 ]
+
+REASONS: tuple[str, ...] = get_args(Reason)
 
 RESERVED_COLUMNS = {
     "key": (pa.string(), "read: the source's own name for the row (tar member stem, relative path, named column)"),

@@ -1,4 +1,5 @@
-"""An output to the list of everything wrong with it: empty when each planned row is there exactly once.
+"""An output to the list of everything wrong with it: empty when each planned row is there exactly once, in whichever
+generation.
 
 `_SUCCESS` has a digest of each record, the manifest one of each part, and every file one of itself. There is no key in
 it: who can write here can write all of it anew, and only a digest of `_SUCCESS` that was kept elsewhere tells.
@@ -30,14 +31,35 @@ from pipeline.commit import (
     model_of,
     parse_footer,
 )
-from pipeline.errors import InputError, NotFound, StorageError
+from pipeline.errors import InputError, NotFound, RunMismatch, StorageError
 from pipeline.finish import Counting
+from pipeline.generations import History, RetryPlan, Standing, of_generation, read_history
 from pipeline.plan import Plan, plan_hash
 from pipeline.schema import Part
 from pipeline.storage import Entry, join
 from pipeline.write import is_intact
 
 UNREADABLE = (pa.ArrowException, OSError, StorageError, LookupError, TypeError, ValueError, zlib.error)
+
+
+@dataclass(frozen=True)
+class Expected:
+    """A file that a generation has planned."""
+
+    model: str
+    part: Part
+    plan: Plan
+
+    @property
+    def generation(self) -> int:
+        return self.plan.generation if isinstance(self.plan, RetryPlan) else 0
+
+    @property
+    def rows_in(self) -> int | None:
+        """None where only reading could tell."""
+        if isinstance(self.plan, RetryPlan):
+            return len(self.plan.rejects[self.part.index][self.model])
+        return self.part.rows
 
 
 @dataclass(frozen=True)
@@ -57,24 +79,29 @@ def verify(output: Output) -> list[str]:
         return [f"{PLAN}: cannot be read: {_first_line(error)}"]
     if plan is None:
         raise InputError(f"{output.uri}: no {PLAN} here, so this is no output of img2parquet")
-    files = {name: entry for name, entry in output.files().items() if is_visible(name)}
-    expected = {
-        name: (model, part) for model, names in plan.names.items() for name, part in zip(names, plan.parts, strict=True)
-    }
+    there = output.files()
+    try:
+        history = read_history(output, plan, there)
+    except (*UNREADABLE, RunMismatch) as error:
+        return [f"the plan of a retry cannot be read: {_first_line(error)}"]
+    files = {name: entry for name, entry in there.items() if is_visible(name)}
+    expected = {name: Expected(model, part, p) for p in (plan, *history.later) for model, part, name in p.files()}
     problems = [f"missing: {name}" for name in sorted(expected.keys() - files.keys())]
     problems += [f"not of this run: {name}" for name in sorted(files.keys() - expected.keys())]
     present = sorted(expected.keys() & files.keys())
     with ThreadPoolExecutor(8) as pool:
-        results = pool.map(lambda name: _check_file(output, files[name], *expected[name], plan), present)
+        results = pool.map(lambda name: _check_file(output, files[name], expected[name]), present)
         checked = dict(zip(present, results, strict=True))
     problems += [f"{name}: {result}" for name, result in checked.items() if isinstance(result, str)]
     good = {name: result for name, result in checked.items() if isinstance(result, Checked)}
     problems += _duplicate_keys(good, expected)
     problems += _between_models(good)
-    return problems + list(_check_records(output, plan, good, complete=len(good) == len(expected)))
+    for generation in range(history.generation + 1):
+        problems += _check_generation(output, history.upto(generation), good, is_last=generation == history.generation)
+    return problems
 
 
-def _check_file(output: Output, entry: Entry, model: str, part: Part, plan: Plan) -> Checked | str:
+def _check_file(output: Output, entry: Entry, expected: Expected) -> Checked | str:
     """A part read whole with its page checksums, or what is wrong with it."""
     try:
         data = output.store.read(entry.uri)
@@ -85,14 +112,18 @@ def _check_file(output: Output, entry: Entry, model: str, part: Part, plan: Plan
         table = file.read()
     except UNREADABLE as error:
         return f"cannot be read: {_first_line(error)}"
-    if footer.identity != plan.identity(model):
+    if footer.identity != expected.plan.identity(expected.model):
         return "its footer names another run"
-    if footer.part_index != part.index:
-        return f"its footer says part {footer.part_index}"
+    if (footer.part_index, footer.generation) != (expected.part.index, expected.generation):
+        return f"its footer says part {footer.part_index} of generation {footer.generation}"
     if footer.rows != table.num_rows or footer.rows_in != footer.rows + len(footer.rejects):
         return f"{footer.rows_in} rows in, but {table.num_rows} rows and {len(footer.rejects)} rejects"
-    if part.rows is not None and part.rows != footer.rows_in:
-        return f"{footer.rows_in} rows in, where the plan has {part.rows}"
+    if expected.rows_in not in (None, footer.rows_in):
+        return f"{footer.rows_in} rows in, where the plan has {expected.rows_in}"
+    if isinstance(expected.plan, RetryPlan):
+        planned = expected.plan.rejects[expected.part.index][expected.model]
+        if footer.superseded != tuple(reject.to_dict() for reject in planned):
+            return "it does not supersede the rejects that its plan has"
     table.validate(full=True)
     keys: dict[str, list[str]] = {}
     for key, shard in zip(table.column("key").to_pylist(), table.column("shard").to_pylist(), strict=True):
@@ -100,11 +131,11 @@ def _check_file(output: Output, entry: Entry, model: str, part: Part, plan: Plan
     return Checked(footer, keys, entry.size_bytes)
 
 
-def _duplicate_keys(good: dict[str, Checked], expected: dict[str, tuple[str, Part]]) -> Iterator[str]:
+def _duplicate_keys(good: dict[str, Checked], expected: dict[str, Expected]) -> Iterator[str]:
     """A key twice in one shard, within a model: within a part the reader rejects it, across parts only we can see."""
     counts: Counter[tuple[str, str, str]] = Counter()
     for name, checked in good.items():
-        model = expected[name][0]
+        model = expected[name].model
         for shard, keys in checked.keys.items():
             counts.update((model, shard, key) for key in keys)
     for (model, shard, key), count in counts.items():
@@ -116,25 +147,46 @@ def _between_models(good: dict[str, Checked]) -> Iterator[str]:
     rows_in: dict[int, int] = {}
     for name, checked in good.items():
         index = checked.footer.part_index
+        if checked.footer.generation:
+            continue  # of a retry: those that this model alone has rejected
         if rows_in.setdefault(index, checked.footer.rows_in) != checked.footer.rows_in:
             yield f"{name}: {checked.footer.rows_in} rows in, another model's file of part {index} has {rows_in[index]}"
 
 
-def _check_records(output: Output, plan: Plan, good: dict[str, Checked], complete: bool) -> Iterator[str]:
-    """_run.json, manifest, rejects and _SUCCESS against the parts. They may be absent only while a run is on."""
-    run = _record(output, RUN)
-    if isinstance(run, str):
-        yield run
-    elif run.get("plan_sha256") != plan_hash(output.store.read(join(output.uri, PLAN))):
-        yield f"{RUN} was written for another plan"
-    totals = _record(output, SUCCESS)
-    if isinstance(totals, str):
-        yield totals + (" (the job has not ended, or it failed)" if totals.startswith("missing") else "")
-    else:
-        yield from _success_problems(output, plan, good if complete else None, totals)
+def _check_generation(output: Output, history: History, good: dict[str, Checked], is_last: bool) -> Iterator[str]:
+    """The records of the last generation of `history`, against its parts and all before. They may be absent only while
+    a run is on; _SUCCESS also where it is a later one's, since more rejects than allowed ended this one."""
+    generation = history.generation
+    plan, run, manifest, rejects, success = (
+        of_generation(name, generation) for name in (PLAN, RUN, MANIFEST, REJECTS, SUCCESS)
+    )
+    recorded = _record(output, run)
+    if isinstance(recorded, str):
+        yield recorded
+    elif recorded.get("plan_sha256") != plan_hash(output.store.read(join(output.uri, plan))):
+        yield f"{run} was written for another plan"
+    if generation:
+        parent = of_generation(MANIFEST, generation - 1)
+        if output.digests([parent]).get(parent) != history.later[-1].parent_sha256:
+            yield f"{plan} was made after another {parent}"
+    totals = _record(output, success)
     ended = not isinstance(totals, str)
-    yield from _check_table(output, MANIFEST, ended, lambda table: _manifest_problems(table, good))
-    yield from _check_table(output, REJECTS, ended, lambda table: _reject_problems(table, good))
+    of_union, of_this = _of(good, history), _of(good, history, generation)
+    if not isinstance(totals, str):
+        yield from _success_problems(output, success, history, of_union, totals)
+    elif is_last or not totals.startswith("missing"):
+        yield totals + (" (the job has not ended, or it failed)" if totals.startswith("missing") else "")
+    yield from _check_table(output, manifest, ended, lambda table: _manifest_problems(manifest, table, of_this))
+    yield from _check_table(output, rejects, ended, lambda table: _reject_problems(rejects, table, history, of_union))
+
+
+def _of(good: dict[str, Checked], history: History, generation: int | None = None) -> dict[str, Checked]:
+    """The files of a history that are good, or those of one generation: part after part, the oldest first."""
+    return {
+        name: good[name]
+        for name in history.names_by_part()
+        if name in good and generation in (None, good[name].footer.generation)
+    }
 
 
 def _record(output: Output, name: str) -> dict[str, Any] | str:
@@ -150,19 +202,19 @@ def _record(output: Output, name: str) -> dict[str, Any] | str:
 
 
 def _success_problems(
-    output: Output, plan: Plan, parts: dict[str, Checked] | None, totals: dict[str, Any]
+    output: Output, name: str, history: History, parts: dict[str, Checked], totals: dict[str, Any]
 ) -> Iterator[str]:
     said = totals.get("files", {})
     found = output.digests(said)
-    yield from (f"{name}: {SUCCESS} has another digest of it" for name in said if found.get(name) != said[name])
-    if parts is None:
+    yield from (f"{record}: {name} has another digest of it" for record in said if found.get(record) != said[record])
+    if len(parts) < sum(1 for _ in history.names_by_part()):
         return
     counting = Counting()
-    for _ in counting.rejects((name, parts[name].footer) for name in plan.names_by_part()):
+    for _ in counting.rejects((name, checked.footer) for name, checked in parts.items()):
         pass
-    for name, counted in counting.totals(len(plan.parts)).items():
-        if totals.get(name) != counted:
-            yield f"{SUCCESS} says {name} {totals.get(name)}, the parts hold {counted}"
+    for field, counted in counting.totals(len(history.plan.parts)).items():
+        if totals.get(field) != counted:
+            yield f"{name} says {field} {totals.get(field)}, the parts hold {counted}"
 
 
 def _check_table(
@@ -178,26 +230,33 @@ def _check_table(
         yield f"{name}: cannot be read: {_first_line(error)}"
 
 
-def _manifest_problems(table: pa.Table, good: dict[str, Checked]) -> Iterator[str]:
+def _manifest_problems(manifest: str, table: pa.Table, good: dict[str, Checked]) -> Iterator[str]:
     said = {row["file"]: row for row in table.to_pylist()}
     for name, checked in good.items():
         row = said.get(name)
         if row is None:
-            yield f"{MANIFEST} does not name {name}"
+            yield f"{manifest} does not name {name}"
         elif (row["rows"], row["rows_in"], row["size_bytes"], row.get("sha256")) != (
             checked.footer.rows, checked.footer.rows_in, checked.size_bytes, checked.footer.digest,
         ):  # fmt: skip
-            yield f"{MANIFEST} disagrees with {name} on rows, size or digest"
-    yield from (f"{MANIFEST} names {name}, which is not there" for name in sorted(said.keys() - good.keys()))
+            yield f"{manifest} disagrees with {name} on rows, size or digest"
+    yield from (f"{manifest} names {name}, which is not there" for name in sorted(said.keys() - good.keys()))
 
 
-def _reject_problems(table: pa.Table, good: dict[str, Checked]) -> Iterator[str]:
-    said = Counter((row["model"], row["part"]) for row in table.to_pylist())
-    for name, checked in good.items():
-        model = model_of(name)
-        count = said[(model, checked.footer.part_index)]
-        if count != len(checked.footer.rejects):
-            yield f"{REJECTS} has {count} rejects of {name}, its footer {len(checked.footer.rejects)}"
+def _reject_problems(name: str, table: pa.Table, history: History, good: dict[str, Checked]) -> Iterator[str]:
+    """What stands by the footers, one after another, against the record of it."""
+    said: dict[tuple[str, int], dict[int, str]] = {}
+    for row in table.select(["model", "part", "row", "reason"]).to_pylist():
+        said.setdefault((row["model"], row["part"]), {})[row["row"]] = row["reason"]
+    standing: dict[tuple[str, int], Standing] = {}
+    for file, checked in good.items():
+        of_both = standing.setdefault((model_of(file), checked.footer.part_index), Standing())
+        if of_both.add(checked.footer) and checked.footer.generation == history.generation:
+            yield f"{file} supersedes what was not rejected before"
+    for (model, part), of_both in standing.items():
+        found = {row: reject["reason"] for row, reject in of_both.rejects.items()}
+        if said.get((model, part), {}) != found:
+            yield f"{name} does not have the rejects of part {part} of model `{model}`, which are {len(found)}"
 
 
 def _first_line(error: BaseException) -> str:

@@ -27,12 +27,13 @@ LAYERS = [
     {"graphs", "batch_size"},
     {"plan", "batch", "probe", "forward"},
     {"embed", "write", "commit"},
-    {"child"},  # a process that may die
+    {"child", "generations"},  # a process that may die; what retries added
     {"apart", "watch", "signals"},
     {"rounds"},
     {"local", "cluster"},
     {"losses", "finish", "session"},
     {"driver"},
+    {"retrying"},
     {"results", "verify", "progress", "catalogue", "supervise"},
     {"cli"},
 ]
@@ -49,7 +50,8 @@ HEAVY = {
     "PIL": {"decode", "preprocess", "models", "outputs"},
     "simplejpeg": {"decode"},
     "pyarrow": {"schema", "storage", "read", "outputs", "plan", "batch", "embed", "write", "commit", "cluster"}
-    | {"results", "verify", "losses", "finish", "session", "forward", "apart"},
+    | {"results", "verify", "losses", "finish", "session", "forward", "apart"}
+    | {"generations", "retrying"},
     "fsspec": {"storage"},
     "s3fs": {"storage"},
     "pydantic": {"job", "read", "outputs"},
