@@ -137,12 +137,16 @@ class DecodeJob(Settings):
         return decode.DecodePolicy(**self.model_dump())
 
 
+# a bound on the whole field would be held against "auto" too, which is a TypeError
+Count = Annotated[int, Field(ge=1)]
+
+
 class Resources(Settings):
     """What one worker gets. `auto` is resolved once, recorded in _run.json and reused when the job resumes."""
 
-    workers: int | Literal["auto"] = Field(default="auto", description="Worker threads (local) or actors (ray)")
+    workers: Count | Literal["auto"] = Field(default="auto", description="Worker threads (local) or actors (ray)")
     threads_per_worker: int = Field(default=1, ge=1, description="Threads of one worker's matrix products")
-    batch_size: int | Literal["auto"] = Field(default="auto", description="Images per forward pass")
+    batch_size: Count | Literal["auto"] = Field(default="auto", description="Images per forward pass")
     gpus_per_worker: Annotated[float, Field(ge=0)] | Literal["auto"] = Field(
         default="auto", description="GPUs of one Ray actor"
     )

@@ -132,3 +132,14 @@ def test_differences_name_the_place_and_both_values() -> None:
     assert differences(ours, theirs) == ["a.b: [1], was [2]", 'dtype: "float32", was "bfloat16"']
     assert differences(ours, ours) == []
     assert identity_hash(ours) != identity_hash(theirs)
+
+
+def test_auto_may_be_written_out() -> None:
+    auto = {"workers": "auto", "batch_size": "auto", "gpus_per_worker": "auto"}
+    assert parse_job({**JOB, "resources": auto}).resources == parse_job(JOB).resources
+
+
+@pytest.mark.parametrize("setting", [{"workers": 0}, {"batch_size": 0}, {"batch_size": -1}, {"gpus_per_worker": -0.5}])
+def test_resources_of_nothing_are_refused(setting: dict[str, float]) -> None:
+    with pytest.raises(JobError, match=r"resources\." + next(iter(setting))):
+        parse_job({**JOB, "resources": setting})

@@ -15,7 +15,7 @@ MAGIC = b"\x1f\x8b"
 INPUT_BYTES = 64 << 10  # what an error inside the deflate stream can cost of the good bytes before it
 OUTPUT_BYTES = 1 << 20
 MAX_TEXT_BYTES = 64 << 10  # of a header's file name or comment
-EXTRA, NAME, COMMENT, CHECKSUM = 4, 8, 16, 2
+CHECKSUM, EXTRA, NAME, COMMENT, RESERVED = 2, 4, 8, 16, 0xE0
 
 
 class GzipBytes(ChunkBytes):
@@ -55,24 +55,28 @@ class GzipBytes(ChunkBytes):
         return "" if trailer == right else "the gzip checksum does not match: bytes before it may be wrong"
 
     def _read_header(self) -> bool:
+        """Pass over a header; False for what is none, or is damaged: then the bytes after it are not where it says."""
         header = self.compressed.take(10)
-        if len(header) < 10 or header[:3] != MAGIC + b"\x08":
+        if len(header) < 10 or header[:3] != MAGIC + b"\x08" or header[3] & RESERVED:
             return False
-        if header[3] & EXTRA:
-            self.compressed.skip(int.from_bytes(self.compressed.take(2), "little"))
+        flags = header[3]
+        if flags & EXTRA:
+            length = self.compressed.take(2)
+            header += length + self.compressed.take(int.from_bytes(length, "little"))
         for flag in (NAME, COMMENT):
-            if header[3] & flag and not self._skip_text():
-                return False
-        if header[3] & CHECKSUM:
-            self.compressed.skip(2)
-        return True
+            if flags & flag:
+                text = self._take_text()
+                if not text:
+                    return False
+                header += text
+        return not flags & CHECKSUM or self.compressed.take(2) == (zlib.crc32(header) & 0xFFFF).to_bytes(2, "little")
 
-    def _skip_text(self) -> bool:
-        """Pass over a text that ends with a zero; one without an end is no header."""
+    def _take_text(self) -> bytes:
+        """A text with the zero that ends it; nothing for one without an end."""
         text = self.compressed.take(MAX_TEXT_BYTES)
-        end = text.find(b"\0")
-        self.compressed.unread(text[end + 1 :])
-        return end >= 0
+        end = text.find(b"\0") + 1
+        self.compressed.unread(text[end:])
+        return text[:end]
 
     def _more_members(self) -> bool:
         """Whether something follows this member but zeros, with which some writers pad."""
