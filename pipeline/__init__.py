@@ -12,7 +12,7 @@ The way of one image, a file for each step:
     embed.py        the worker: one batch through the five steps above
     write.py        a part's rows and rejects -> one encoded Parquet file per model
     commit.py       encoded part -> created once, or found done, or unknown
-    local.py, cluster.py   who runs it: this process, or a Ray Data graph
+    local.py, cluster.py   who runs it: this process, or a Ray Data graph (actors.py: its workers)
     apart.py        what kills its worker: done in a process apart (child.py), the culprit rejected
     supervise.py    a local driver that died is begun again; flight.py says what it was at
     session.py      what is left of a job, gathered and committed; meter.py says what held it up

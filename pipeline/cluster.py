@@ -16,7 +16,6 @@ import time
 import warnings
 from collections.abc import Generator, Iterable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import replace
 from typing import Any
 
 import pyarrow as pa
@@ -24,12 +23,11 @@ import ray
 from ray.data import ActorPoolStrategy, DataContext, TaskPoolStrategy
 from ray.data._internal.execution.execution_callback import ExecutionCallback
 
-from pipeline.batch import Embedded, Failed, Prepared, Work, WorkersLost, cut
+from pipeline.actors import Attempts, Read, Step
+from pipeline.batch import Embedded, Failed, Work, WorkersLost
 from pipeline.device import LANES
-from pipeline.embed import Embedder, Preparer
 from pipeline.errors import Img2ParquetError, JobFailed
 from pipeline.job import JobSpec
-from pipeline.meter import Idle
 from pipeline.probe import Probe, probe
 from pipeline.schema import Part
 
@@ -41,6 +39,7 @@ IMAGE_BYTES = 64 << 10  # typical: a part of a list has the list's own size
 BLOCKS_EACH = 8  # at least, of a small job to each worker: one that has the last block works alone
 MAX_READ_TASKS = 1000
 WORKER_TRIES = 3
+READ_TRIES = 8  # of a part's task: from the second on it reads in a process apart, so these are for nodes that go
 GROWN, GROWN_FOR_S = 1.25, 30.0  # how much larger a cluster must be, and stay, for a graph to begin anew
 LOST = (
     ray.exceptions.RayActorError,
@@ -48,7 +47,6 @@ LOST = (
     ray.exceptions.NodeDiedError,
     ray.exceptions.ObjectLostError,
 )
-POOLS = {"both": "workers", "prepare": "preparers", "embed": "models"}  # names for the meter
 
 
 def start(job: JobSpec, address: str | None = None) -> Probe:
@@ -167,7 +165,7 @@ class _Started(ExecutionCallback):  # type: ignore[misc, unused-ignore]
 
 
 def _stage(name: str) -> str:
-    return "reading" if "_Read" in name else "the workers' batches" if "_Step" in name else name
+    return "reading" if "Read" in name else "the workers' batches" if "Step" in name else name
 
 
 def _graph(parts: list[Part], work: Work) -> ray.data.Dataset:
@@ -188,8 +186,8 @@ def _batches(parts: list[Part], work: Work, handle: ray.ObjectRef[Work]) -> ray.
     items = [{"payload": pickle.dumps(part)} for part in parts]
     source = ray.data.from_items(items, override_num_blocks=min(len(items), MAX_READ_TASKS))
     return source.map_batches(
-        _Read(handle), batch_size=1, batch_format="pyarrow", num_cpus=READ_CPUS,
-        compute=TaskPoolStrategy(size=_read_tasks(work)),
+        Read(handle, ray.remote(num_cpus=0)(Attempts).remote()), batch_size=1, batch_format="pyarrow",
+        num_cpus=READ_CPUS, compute=TaskPoolStrategy(size=_read_tasks(work)), max_retries=READ_TRIES,
     )  # fmt: skip
 
 
@@ -211,7 +209,7 @@ def _actors(
     """`calls` of one actor at a time, each in a thread of its own."""
     # without these bounds Ray restarts for ever; 2.60 knows them only among its deprecated `ray_remote_args`
     return dataset.map_batches(
-        _Step,
+        Step,
         fn_constructor_args=arguments,
         batch_size=1,
         batch_format="pyarrow",
@@ -223,47 +221,6 @@ def _actors(
         max_restarts=WORKER_TRIES,
         max_task_retries=WORKER_TRIES,
     )
-
-
-class _Read:
-    """Parts to batches, one row each. A failed part travels on as a row of its own."""
-
-    def __init__(self, work: ray.ObjectRef[Work]) -> None:
-        self.work = work
-
-    def __call__(self, table: pa.Table) -> Iterator[pa.Table]:
-        work: Work = ray.get(self.work)
-        for payload in table.column("payload"):
-            part: Part = pickle.loads(payload.as_buffer())
-            for batch in cut(work.job.input, part, work.batch_size, work.most_rows):
-                yield _row(batch)
-
-
-class _Step:
-    """An actor: prepares, embeds, or both; lets failed parts through."""
-
-    def __init__(self, what: str, work: ray.ObjectRef[Work] | Work) -> None:
-        work = ray.get(work) if isinstance(work, ray.ObjectRef) else work
-        self.prepare = Preparer(work) if what in ("prepare", "both") else None
-        self.embed = Embedder(work) if what in ("embed", "both") else None
-        self.pool, self.idle = POOLS[what], Idle()
-
-    def __call__(self, table: pa.Table) -> Iterator[pa.Table]:
-        for payload in table.column("payload"):
-            yield _row(self._one(pickle.loads(payload.as_buffer())))
-
-    def _one(self, item: Any) -> Prepared | Embedded | Failed:
-        if isinstance(item, Failed):
-            return item
-        waited_s = self.idle.end()
-        prepared = self.prepare(item) if self.prepare else item
-        result = self.embed(prepared) if self.embed else prepared
-        self.idle.begin()
-        return result if isinstance(result, Failed) else replace(result, waited={self.pool: waited_s, **result.waited})
-
-
-def _row(item: object) -> pa.Table:
-    return pa.table({"payload": pa.array([pickle.dumps(item, protocol=5)], pa.large_binary())})
 
 
 def workers(job: JobSpec) -> int:

@@ -30,6 +30,7 @@ LAYERS = [
     {"child", "generations"},  # a process that may die; what retries added
     {"apart", "watch", "signals"},
     {"rounds"},
+    {"actors"},  # what workers of a cluster do
     {"local", "cluster"},
     {"losses", "finish", "session"},
     {"driver"},
@@ -46,11 +47,11 @@ WITHIN = {
 HEAVY = {
     "torch": {"models", "decode", "preprocess", "outputs", "embed", "local", "probe"}
     | {"device", "graphs", "forward", "batch_size", "gpus"},
-    "ray": {"cluster"},
+    "ray": {"cluster", "actors"},
     "PIL": {"decode", "preprocess", "models", "outputs"},
     "simplejpeg": {"decode"},
     "pyarrow": {"schema", "storage", "read", "outputs", "plan", "batch", "embed", "write", "commit", "cluster"}
-    | {"results", "verify", "losses", "finish", "session", "forward", "apart"}
+    | {"results", "verify", "losses", "finish", "session", "forward", "apart", "actors"}
     | {"generations", "retrying"},
     "fsspec": {"storage"},
     "s3fs": {"storage"},

@@ -29,7 +29,10 @@ from tests.small import add_member, job_dict, jpeg
 
 HOOK = Path(__file__).parent / "hook"
 PER_SHARD = 12
-LIMIT_S = 2.0
+LATE = ("spin", "hold")  # kinds that do not die but stay
+
+
+Poison = Mapping[tuple[int, int], str]  # (shard, place) -> stage-kind
 
 
 @dataclass(frozen=True)
@@ -44,9 +47,7 @@ class Ran:
         return len(re.findall(r"^img2parquet: the driver ", self.said, re.MULTILINE))
 
 
-def make_shards(
-    folder: Path, poison: Mapping[tuple[int, int], str], shards: int = 3, per_shard: int = PER_SHARD
-) -> None:
+def make_shards(folder: Path, poison: Poison, shards: int = 3, per_shard: int = PER_SHARD) -> None:
     """Tars of photographs; `poison` says which (shard, place) has what in its key: `decode-segv`, ..."""
     folder.mkdir(parents=True)
     for shard in range(shards):
@@ -57,58 +58,72 @@ def make_shards(
                 add_member(tar, f"{key}.json", json.dumps({"label": n % 5, "caption": f"no. {n}"}).encode())
 
 
-def document(folder: Path, checkpoint: Path, out: str, **resources: Any) -> dict[str, Any]:
-    settings = {"workers": 2, "batch_size": 6, "image_timeout_s": LIMIT_S, **resources}
-    return job_dict(f"{folder}/in/*.tar", checkpoint, str(folder / out), resources=settings, reject_limit=1.0)
+def limit_s(poison: Poison) -> float:
+    """Short where a test waits for it, else what nothing here takes on the busiest machine."""
+    return 4.0 if any(what.endswith(LATE) for what in poison.values()) else 60.0
 
 
-def run_undisturbed(folder: Path, checkpoint: Path, monkeypatch: pytest.MonkeyPatch, **environment: str) -> None:
+def document(folder: Path, checkpoint: Path, out: str, poison: Poison) -> dict[str, Any]:
+    resources = {"workers": 2, "batch_size": 6, "image_timeout_s": limit_s(poison)}
+    return job_dict(f"{folder}/in/*.tar", checkpoint, str(folder / out), resources=resources, reject_limit=1.0)
+
+
+def run_undisturbed(
+    folder: Path, checkpoint: Path, monkeypatch: pytest.MonkeyPatch, poison: Poison, **environment: str
+) -> None:
     """In this process, into `quiet`: what is poison to others is rejected."""
     spec = importlib.util.spec_from_file_location("poison", HOOK / "sitecustomize.py")
     assert spec and spec.loader
     hook = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(hook)
     with monkeypatch.context() as patch:
-        for name, value in {"POISON": "rejects", "POISON_LIMIT_S": f"{LIMIT_S:g}", **environment}.items():
+        for name, value in {"POISON": "rejects", "POISON_LIMIT_S": f"{limit_s(poison):g}", **environment}.items():
             patch.setenv(name, value)
         for owner, name in ((embed._Decoding, "__call__"), (embed.Embedder, "_batch"), (WebDataset, "_read_piece")):
             patch.setattr(owner, name, getattr(owner, name))  # to have it back
-        spec.loader.exec_module(hook)
-        sys.meta_path.pop(0)
         hook.poison_embed(embed)
         hook.poison_read(webdataset)
-        drive(parse_job(document(folder, checkpoint, "quiet")), "local")
-
-
-def start(
-    folder: Path, checkpoint: Path, out: str, runner: str, environment: Mapping[str, str] = {}, **resources: Any
-) -> subprocess.Popen[str]:
-    """The command, with the hook on every process's path."""
-    job, marks = folder / f"{out}.yaml", folder / f"{out}-marks"
-    job.write_text(yaml.safe_dump(document(folder, checkpoint, out, **resources)))
-    marks.mkdir()
-    told = {"POISON": "kills", "POISON_MARKS": str(marks), "POISON_LIMIT_S": f"{LIMIT_S:g}", **environment}
-    path = os.pathsep.join([str(HOOK), str(Path(__file__).parents[2])])
-    return subprocess.Popen(
-        [sys.executable, "-m", "pipeline.cli", "run", str(job), "--runner", runner],
-        env={**os.environ, **told, "PYTHONPATH": path},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
+        drive(parse_job(document(folder, checkpoint, "quiet", poison)), "local")
 
 
 def run(
-    folder: Path, checkpoint: Path, out: str, runner: str, environment: Mapping[str, str] = {}, *,
-    timeout_s: float = 240, **resources: Any,
-) -> Ran:  # fmt: skip
-    """`start` to its end. Raises TimeoutExpired, when all of it has been ended."""
-    process = start(folder, checkpoint, out, runner, environment, **resources)
-    try:
-        said = process.communicate(timeout=timeout_s)[0]
-    finally:
-        process.kill()  # its family ends with it
-        process.wait()
-    return Ran(process.returncode, said, len(list((folder / f"{out}-marks").iterdir())))
+    folder: Path, checkpoint: Path, out: str, runner: str, poison: Poison, timeout_s: float = 400, **environment: str
+) -> Ran:
+    """The command, with the hook on every process's path. Raises TimeoutExpired, when all of it has been ended."""
+    job, marks, log = folder / f"{out}.yaml", folder / f"{out}-marks", folder / f"{out}.log"
+    job.write_text(yaml.safe_dump(document(folder, checkpoint, out, poison)))
+    marks.mkdir()
+    told = {"POISON": "kills", "POISON_MARKS": str(marks), **environment}
+    path = os.pathsep.join([str(HOOK), str(Path(__file__).parents[2])])
+    with log.open("w") as file:  # not a pipe, which what outlives the command would keep open
+        process = subprocess.Popen(
+            [sys.executable, "-m", "pipeline.cli", "run", str(job), "--runner", runner],
+            env={**os.environ, **told, "PYTHONPATH": path},
+            stdout=file,
+            stderr=file,
+        )
+        try:
+            process.wait(timeout_s)
+        finally:
+            process.kill()  # its family ends with it
+            process.wait()
+    return Ran(process.returncode, log.read_text(), len(list(marks.iterdir())))
+
+
+def expected(poison: Poison) -> list[tuple[str, str, str]]:
+    """Key, stage and reason of each, as `rejected` has them."""
+    return sorted(
+        (f"{shard:03d}/{n:04d}-{what}", what.split("-")[0], "timed_out" if what.endswith(LATE) else "worker_died")
+        for (shard, n), what in poison.items()
+    )
+
+
+def told_of_read(shard: int, row: int, how: str) -> str:
+    """`key: message` of the fault where a shard's reading ends."""
+    return (
+        f"row {row}: reading this file ended its process 2 times ({how}), at the furthest at row {row} of it, "
+        f"after `{shard:03d}/{row - 1:04d}`; what follows was not read"
+    )
 
 
 def same_files(folder: Path, one: str, other: str) -> None:

@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
+import subprocess
 from pathlib import Path
 
 import pytest
 
 from tests.poison.bed import (
     PER_SHARD,
+    expected,
     make_shards,
     rejected,
     run,
     run_undisturbed,
     same_files,
+    told_of_read,
 )
 from tests.small import make_checkpoint
 
 pytestmark = pytest.mark.slow
-DIED, LATE = "worker_died", "timed_out"
 CASES = {
     "segv": {(1, 4): "decode-segv"},
     "abort": {(1, 4): "decode-abort"},
@@ -27,6 +29,7 @@ CASES = {
     "three in a batch": {(1, 1): "decode-segv", (1, 2): "decode-abort", (1, 5): "decode-kill"},
     "first and last row": {(0, 0): "decode-segv", (2, PER_SHARD - 1): "decode-abort"},
     "a batch's embedding": {(1, 4): "embed-segv", (1, 5): "embed-abort"},
+    "a whole shard": {(1, n): "decode-segv" for n in range(PER_SHARD)},
 }
 
 
@@ -40,15 +43,49 @@ def test_the_culprits_are_rejected_and_nothing_else_changes(
     poison: dict[tuple[int, int], str], tmp_path: Path, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     make_shards(tmp_path / "in", poison)
-    run_undisturbed(tmp_path, checkpoint, monkeypatch)
-    ran = run(tmp_path, checkpoint, "out", "local")
+    run_undisturbed(tmp_path, checkpoint, monkeypatch, poison)
+    ran = run(tmp_path, checkpoint, "out", "local", poison)
     assert ran.code == 0, ran.said
-    expected = [
-        (f"{shard:03d}/{n:04d}-{what}", what.split("-")[0], LATE if what.endswith(("spin", "hold")) else DIED)
-        for (shard, n), what in poison.items()
-    ]
-    assert rejected(tmp_path, "out") == sorted(expected)
+    assert rejected(tmp_path, "out") == expected(poison)
     same_files(tmp_path, "out", "quiet")
-    assert 1 <= ran.deaths <= 3, ran.said
-    # in the driver once, then twice apart; batches that share a death with another are tried once more
-    assert 3 * len(poison) <= ran.attempts <= 12 * len(poison)
+    assert 1 <= ran.deaths <= 4, ran.said
+    # in the driver once, then twice apart; a batch's embedding is halved down to the row
+    assert 3 <= ran.attempts <= ran.deaths + 5 * len(poison)
+
+
+def test_a_shard_that_kills_its_reader_is_read_as_far_as_it_goes(
+    tmp_path: Path, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    poison = {(1, 7): "read-segv"}
+    make_shards(tmp_path / "in", poison)
+    run_undisturbed(tmp_path, checkpoint, monkeypatch, poison, POISON_READ=told_of_read(1, 7, "SIGSEGV"))
+    ran = run(tmp_path, checkpoint, "out", "local", poison)
+    assert ran.code == 0, ran.said
+    assert rejected(tmp_path, "out") == [("row 7", "read", "worker_died")]
+    same_files(tmp_path, "out", "quiet")
+    assert (ran.deaths, ran.attempts) == (1, 3)
+
+
+def test_who_dies_once_is_innocent(tmp_path: Path, checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    poison = {(1, 4): "decode-once"}
+    make_shards(tmp_path / "in", poison)
+    run_undisturbed(tmp_path, checkpoint, monkeypatch, poison)
+    ran = run(tmp_path, checkpoint, "out", "local", poison)
+    assert (ran.code, ran.deaths, ran.attempts) == (0, 1, 1), ran.said
+    assert rejected(tmp_path, "out") == []
+    same_files(tmp_path, "out", "quiet")
+
+
+def test_without_isolation_the_driver_dies_again_and_again(tmp_path: Path, checkpoint: Path) -> None:
+    poison = {(1, 4): "decode-segv"}
+    make_shards(tmp_path / "in", poison)
+    ran = run(tmp_path, checkpoint, "out", "local", poison, POISON_WITHOUT="isolation")
+    assert ran.code == 1 and "error: the driver died 5 times" in ran.said
+    assert ran.attempts == 5
+
+
+def test_without_the_watch_an_endless_image_is_endless(tmp_path: Path, checkpoint: Path) -> None:
+    poison = {(1, 4): "decode-spin"}
+    make_shards(tmp_path / "in", poison)
+    with pytest.raises(subprocess.TimeoutExpired):
+        run(tmp_path, checkpoint, "out", "local", poison, timeout_s=60, POISON_WITHOUT="watch")

@@ -66,8 +66,6 @@ def bad(kind: str, verb: str) -> tuple[str, str]:
 
 def poison_embed(embed: Any) -> None:
     decode, batch = embed._Decoding.__call__, embed.Embedder._batch
-    if os.environ.get("POISON_EMBED_LEAST_S"):
-        embed.EMBED_LEAST_S = float(os.environ["POISON_EMBED_LEAST_S"])
 
     def decode_or_die(self: Any, row: Any) -> Any:
         kind = poison_of("decode", row.key)
@@ -119,6 +117,18 @@ def poison_read(webdataset: Any) -> None:
     webdataset.WebDataset._read_piece = read_or_die
 
 
+def without_isolation(flight: Any) -> None:
+    """Whoever is begun again knows of nobody."""
+    flight.Suspects.add = lambda self, *_, **__: None
+    flight.Suspects.__setattr__ = lambda self, name, value: object.__setattr__(self, name, type(value)())
+
+
+def without_watch(flight: Any) -> None:
+    flight.Watch.look = lambda self, passed_s: []
+
+
+WITHOUT = {"isolation": without_isolation, "watch": without_watch}
+
 POISONED = {"pipeline.embed": poison_embed, "pipeline.read.webdataset": poison_read}
 
 
@@ -141,5 +151,7 @@ class _Finder:
         return spec
 
 
+if os.environ.get("POISON_WITHOUT"):
+    POISONED["pipeline.flight"] = WITHOUT[os.environ["POISON_WITHOUT"]]
 if os.environ.get("POISON"):
     sys.meta_path.insert(0, _Finder())  # type: ignore[arg-type]
