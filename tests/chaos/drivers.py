@@ -9,7 +9,7 @@ import re
 import signal
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -58,7 +58,11 @@ class Driver:
     @classmethod
     def start(cls, document: Mapping[str, Any], blow: Blow | None, log: Path, *, careful: bool = False) -> Driver:
         """careful: as in production, where what a dead driver was at is done in processes apart, seconds each."""
-        return cls(fork(lambda: _drive(document, blow, careful), log), blow, log, time.monotonic())
+        return cls.doing(lambda: run(parse_job(dict(document)), "local"), blow, log, careful=careful)
+
+    @classmethod
+    def doing(cls, action: Callable[[], object], blow: Blow | None, log: Path, *, careful: bool = False) -> Driver:
+        return cls(fork(lambda: _drive(action, blow, careful), log), blow, log, time.monotonic())
 
     def look(self) -> None:
         """Notice its end, or that it was stopped; kill it when its time has come."""
@@ -86,14 +90,14 @@ class Driver:
             os.kill(self.pid, number)
 
 
-def _drive(document: Mapping[str, Any], blow: Blow | None, careful: bool) -> int:
+def _drive(action: Callable[[], object], blow: Blow | None, careful: bool) -> int:
     local.SHARES_PROCESS = careful  # type: ignore[attr-defined, unused-ignore]
     try:
         if blow is None or blow.after_s is not None:
-            run(parse_job(dict(document)), "local")
+            action()
         else:
             with listening(_Listener(blow)):
-                run(parse_job(dict(document)), "local")
+                action()
     except Img2ParquetError as error:
         print(f"{type(error).__name__}: {error}", flush=True)
         return GAVE_UP

@@ -1,0 +1,204 @@
+"""`python -m tests.chaos.on_retry`: a retry killed at every step of every object that it creates, then the same again.
+
+    --each 1      kills at every step of each object; beyond, so many seeded runs: at any moment, in turn, two at once
+    --store s3    on a store and not on a disk
+
+After each, the output must be the undisturbed retry's, file by file, `verify` must find nothing, and whoever looked in
+between must have seen no row twice.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import os
+import random
+import re
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import tests.chaos.warm  # noqa: F401 - all that is imported before the first fork
+
+# isort: split
+from pipeline.commit import Output
+from pipeline.driver import run
+from pipeline.job import parse_job
+from pipeline.retrying import retry
+from pipeline.storage import Store, join
+from pipeline.verify import verify
+from tests.chaos.bed import count_keys, read_parts
+from tests.chaos.drivers import Blow, Driver
+from tests.chaos.forks import result_of
+from tests.chaos.plans import STEPS
+from tests.chaos.reader import Reader
+from tests.chaos.stores import BUCKET, Server
+from tests.small import job_dict, jpeg, make_checkpoint
+
+ROWS, PER_PART = 24, 4
+GONE, STAYS = {1, 2, 9, 13, 21, 22}, {13, 22}  # not there when the job ran; nor when it is tried again
+RETRIED_PART = r"-retry1\.parquet"
+OBJECTS = ("_probe-", "_plan-1", "_run-1", RETRIED_PART, "_meter-", "_rejects-1", "_manifest-1", "_SUCCESS-1")
+UNLIKE = ("_meter-", "_manifest-1", "_SUCCESS-1", "_probe-")  # they hold what was measured, or a digest of it
+LATER = re.compile(r"-(retry)?[2-9](\.\w+)?$")
+LIMIT_S = 300.0
+Wave = tuple[Blow | None, ...]
+
+
+@dataclass(frozen=True)
+class Bed:
+    """root: a folder, or a prefix; below it the input, and `base`: the output of the job, before any retry."""
+
+    root: str
+    undisturbed: dict[str, str]
+    seconds: float
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m tests.chaos.on_retry", description=__doc__)
+    parser.add_argument("--each", type=int, default=1, help="1: every step once; more: so many seeded runs as well")
+    parser.add_argument("--store", choices=["disk", "s3"], default="disk")
+    arguments = parser.parse_args()
+    folder, store, server = Path(tempfile.mkdtemp(prefix="retry-")), arguments.store, None
+    failures, kills, runs = list[str](), 0, 0
+    try:
+        if store == "s3":
+            server = Server()
+            os.environ["AWS_ENDPOINT_URL"] = server.url
+        bed = _bed(folder, str(folder) if store == "disk" else f"{BUCKET}/retry")
+        for waves in _plans(store, bed.seconds, arguments.each - 1):
+            problems, killed = _one(bed, waves, folder / f"{store}-{runs}", server)
+            runs, kills = runs + 1, kills + killed
+            told = "; then ".join(" with ".join(str(blow or "a quiet retry") for blow in wave) for wave in waves)
+            failures += [f"FAILED on {store}: {told}: {problem}" for problem in problems]
+    finally:
+        if server:
+            server.close()
+    for failure in failures:
+        print(failure)
+    if not failures:
+        shutil.rmtree(folder)
+    print(f"retries: {runs} runs, {kills} kills, {len(failures)} failures")
+    return 1 if failures else 0
+
+
+def _plans(store: str, seconds: float, seeded: int) -> Iterator[Sequence[Wave]]:
+    for name in OBJECTS:
+        for step in STEPS[store]:
+            yield [(Blow("kill", step, name, nth),) for nth in ((2, 1) if name == RETRIED_PART else (1,))]
+    yield [(None, None)]
+    for seed in range(seeded):
+        rng = random.Random(seed)
+        yield [
+            tuple(_blow(rng, store, seconds) for _ in range(rng.choice((1, 1, 2)))) for _ in range(rng.choice((1, 3)))
+        ]
+
+
+def _blow(rng: random.Random, store: str, seconds: float) -> Blow | None:
+    if rng.random() < 0.2:
+        return None
+    if rng.random() < 0.4:
+        return Blow("kill", after_s=rng.uniform(0.0, 1.1 * seconds))
+    return Blow("kill", rng.choice(STEPS[store]), rng.choice(OBJECTS), 1)
+
+
+def _bed(folder: Path, root: str) -> Bed:
+    result_of(lambda: _make(folder, root))
+    started = time.monotonic()
+    undisturbed = result_of(lambda: _undisturbed(root))
+    return Bed(root, undisturbed, time.monotonic() - started)
+
+
+def _make(folder: Path, root: str) -> None:
+    """The input, the job's output, and then what was mended."""
+    if not (folder / "model").exists():
+        make_checkpoint(folder / "model")
+    store = Store()
+    for number in set(range(ROWS)) - GONE:
+        store.create(join(root, f"img/{number}.jpg"), jpeg(number))
+    store.create(join(root, "list.csv"), ("uri\n" + "".join(f"img/{number}.jpg\n" for number in range(ROWS))).encode())
+    document = job_dict("unused", folder / "model", join(root, "base"), reject_limit=1.0)
+    document["input"] = {"kind": "table", "uris": [join(root, "list.csv")]}
+    document["output"]["rows_per_part"] = PER_PART
+    document["models"].append({**document["models"][0], "name": "twin", "outputs": [{"kind": "logits"}]})
+    run(parse_job(document), "local")
+    for number in GONE - STAYS:
+        store.create(join(root, f"img/{number}.jpg"), jpeg(number))
+
+
+def _undisturbed(root: str) -> dict[str, str]:
+    uri = join(root, "undisturbed")
+    _copy(root, uri)
+    retry(uri, runner="local")
+    assert verify(Output.at(uri)) == []
+    return _digests(uri)
+
+
+def _copy(root: str, uri: str) -> None:
+    """The job's output to another place: nothing in it says where it lies."""
+    output = Output.at(join(root, "base"))
+    for name, entry in output.files().items():
+        output.store.create(join(uri, name), output.store.read(entry.uri))
+
+
+def _digests(uri: str) -> dict[str, str]:
+    """Of what the first retry wrote; where it ended before its blow, the same command began another, of the rest."""
+    output = Output.at(uri)
+    files = {
+        name: entry for name, entry in output.files().items() if not name.startswith(UNLIKE) and not LATER.search(name)
+    }
+    return {name: hashlib.sha256(output.store.read(entry.uri)).hexdigest() for name, entry in files.items()}
+
+
+def _one(bed: Bed, waves: Sequence[Wave], place: Path, server: Server | None) -> tuple[list[str], int]:
+    place.mkdir()
+    uri, problems, killed = join(bed.root, f"out-{place.name}"), list[str](), 0
+    result_of(lambda: _copy(bed.root, uri))
+    reader = Reader(uri, server.url if server else "")
+    try:
+        for number, wave in enumerate([*waves, (None,)]):
+            drivers = [
+                Driver.doing(lambda: retry(uri, runner="local"), blow, place / f"{number}-{n}.log")
+                for n, blow in enumerate(wave)
+            ]
+            _wait(drivers)
+            for driver in drivers:
+                if driver.code == -9 and driver.blow:
+                    killed += 1
+                elif driver.code != 0:
+                    problems.append(f"ended with {driver.code}: {driver.log.read_text()[-1500:]}")
+    finally:
+        problems += reader.stop().problems
+    return problems + result_of(lambda: _wrong(bed, uri)), killed
+
+
+def _wait(drivers: Sequence[Driver]) -> None:
+    deadline = time.monotonic() + LIMIT_S
+    while any(driver.code is None for driver in drivers):
+        for driver in drivers:
+            if driver.code is None:
+                driver.look()
+        if time.monotonic() > deadline:
+            for driver in drivers:
+                driver.end()
+            return
+        time.sleep(0.002)
+
+
+def _wrong(bed: Bed, uri: str) -> list[str]:
+    problems, digests, keys = verify(Output.at(uri)), _digests(uri), count_keys(read_parts(uri))
+    if digests != bed.undisturbed:
+        names = digests.keys() | bed.undisturbed.keys()
+        differ = sorted(name for name in names if digests.get(name) != bed.undisturbed.get(name))
+        problems.append(f"not as after an undisturbed retry: {', '.join(differ[:5])}")
+    if set(keys.values()) != {1} or len(keys) != 2 * (ROWS - len(STAYS)):
+        problems.append(f"{len(keys)} rows, {sum(keys.values()) - len(keys)} twice")
+    return problems
+
+
+if __name__ == "__main__":
+    sys.exit(main())
