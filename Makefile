@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: help demo test check check-style chaos bench bench-gpu parity s3 clean
+.PHONY: help demo test check check-style chaos fuzz bounds bench bench-gpu parity s3 clean
 help:  ## what can be made
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12
 
@@ -31,6 +31,13 @@ chaos: $(STAMP)  ## 1,000 seeded runs under kills, stops, full disks and failing
 	$(BIN)/python -m tests.chaos --runs 1000 --out tests/chaos/results/chaos.json
 	$(BIN)/python -m tests.chaos.on_ray --runs 9 --out tests/chaos/results/on_ray.json
 	$(BIN)/python -m tests.chaos.safeguards --out tests/chaos/results/safeguards.json
+
+fuzz: $(STAMP)  ## 30,000 mutated images, 4,000 shards, 400 jobs, 80,000 runs of our parsers (20 minutes, one process)
+	$(BIN)/python -m pip install --quiet --constraint infra/constraints.txt --editable '.[fuzz]'
+	$(BIN)/python -m tests.fuzz --out tests/fuzz/results/fuzz.json
+
+bounds: $(STAMP)  ## peak memory of whole jobs: 100,000 images, a tar of 4 GB, 80 megapixels (5 minutes, 5 GB of disk)
+	$(BIN)/python -m tests.bounds --out tests/bounds/results/bounds.json
 
 bench: $(STAMP)  ## side-by-side speed of models, decoding and whole jobs against what people use instead (an hour)
 	$(BIN)/python -m pip install --quiet --constraint infra/constraints.txt --editable '.[bench]'

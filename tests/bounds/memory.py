@@ -1,0 +1,78 @@
+"""A command -> the largest memory of its processes: the driver's, and its workers'.
+
+The kernel's own peak of each process (VmHWM), looked at until it ends; what ran for less than a look is not seen.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import threading
+import time
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[2]
+LOOK_EACH_S = 0.05
+
+
+@dataclass(frozen=True)
+class Taken:
+    """Peaks in MB; `worker_mb` is the largest Ray worker's, 0 without Ray. `summary` is what `run --json` printed."""
+
+    driver_mb: float
+    worker_mb: float
+    workers: int
+    seconds: float
+    summary: dict[str, Any]
+
+
+def take(job: Path, runner: str, timeout_s: float = 1800) -> Taken:
+    """Raises AssertionError with the command's last words where it fails."""
+    command = [sys.executable, "-m", "pipeline.cli", "run", str(job), "--runner", runner, "--json"]
+    started = time.monotonic()
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    peaks: dict[int, tuple[str, float]] = {}
+    ended = threading.Event()
+    watcher = threading.Thread(target=_watch, args=(process.pid, peaks, ended), daemon=True)
+    watcher.start()
+    try:
+        said, words = process.communicate(timeout=timeout_s)
+    finally:
+        process.kill()
+        ended.set()
+        watcher.join()
+    assert process.returncode == 0, words[-3000:]
+    workers = [peak for name, peak in peaks.values() if name.startswith("ray::")]
+    return Taken(
+        driver_mb=max(peak for name, peak in peaks.values() if "pipeline.cli" in name),
+        worker_mb=max(workers, default=0.0),
+        workers=len(workers),
+        seconds=time.monotonic() - started,
+        summary=json.loads(said),
+    )
+
+
+def _watch(root: int, peaks: dict[int, tuple[str, float]], ended: threading.Event) -> None:
+    """Each process below `root`: its name and its peak."""
+    while not ended.wait(LOOK_EACH_S):
+        for pid in _below(root):
+            with suppress(OSError, IndexError, ValueError):
+                name = Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode("utf-8", "replace").strip()
+                status = Path(f"/proc/{pid}/status").read_text()
+                peaks[pid] = name, int(status.partition("VmHWM:")[2].split(maxsplit=1)[0]) / 1024
+
+
+def _below(root: int) -> set[int]:
+    parents = {}
+    for place in Path("/proc").iterdir():
+        if place.name.isdigit():
+            with suppress(OSError, IndexError, ValueError):
+                parents[int(place.name)] = int((place / "stat").read_text().rpartition(")")[2].split()[1])
+    found = {root}
+    while more := {pid for pid, parent in parents.items() if parent in found} - found:
+        found |= more
+    return found
