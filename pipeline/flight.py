@@ -5,7 +5,7 @@
     Alarms     slots that end their own process when something takes longer than it may
     Suspects   what a process was at when it died, for its successor to do elsewhere
 
-Telling a slot of a record costs 0.7 us an image: one `pack_into`, no lock, no system call.
+Telling a slot of a record costs 0.2 us of CPU an image (one `pack_into`, no lock, no system call), an alarm's 1.9 us.
 """
 
 from __future__ import annotations
