@@ -35,7 +35,9 @@ class Outstanding:
 
 
 class Watch:
-    """The clock of one session. It runs while the driver waits for a batch, and begins anew when one comes."""
+    """The clock of one session. It runs while the driver waits for a batch, and begins anew when one comes.
+
+    After a stall twice as long is waited: workers that were only slow to start would be ended for ever."""
 
     def __init__(self, stall_s: float) -> None:
         self.stall_s, self.waited_s, self.looked = stall_s, 0.0, time.monotonic()
@@ -53,7 +55,7 @@ class Watch:
         """Asked at every tick. A long time between two ticks was one in which this process was stopped."""
         now = time.monotonic()
         self.waited_s, self.looked = self.waited_s + min(now - self.looked, MOST_TICK_S), now
-        return self.waited_s > self.stall_s
+        return self.waited_s > self.stall_s * (1 << self.reruns)
 
     def tell(self, shown: Sequence[Outstanding], left: int, where: str) -> str:
         """Say what is out and where it hangs, with the stacks of our threads; the same without them in one line."""

@@ -137,10 +137,10 @@ def test_status_tells_of_a_stall_while_the_job_hangs(job: JobSpec, run_with: Any
 
 
 def test_two_runs_without_a_new_batch_are_the_last(job: JobSpec, made: Path, run_with: Any) -> None:
-    runner = Runner(7, 1, 1, 1)
+    runner, started = Runner(7, 1, 1, 1), time.monotonic()
     with pytest.raises(JobFailed) as raised:
         run_with(job, runner)
-    assert len(runner.streams) == 3
+    assert len(runner.streams) == 3 and time.monotonic() - started > 7 * STALL_S  # each twice as patient
     assert "part 2: batch 1 is missing" in str(raised.value) and "run the same command again" in str(raised.value)
     assert raised.value.exit_code == 1
     assert run_with(job, Runner()).parts_done_before == 2

@@ -22,6 +22,7 @@ from pipeline.driver import run
 from pipeline.job import parse_job
 from pipeline.signals import Signals
 from pipeline.verify import verify
+from tests.late import before_each_batch
 from tests.small import job_dict, make_checkpoint, make_shards
 
 SHARDS, PER_SHARD = 40, 6
@@ -43,12 +44,10 @@ def document(made: Path, uri: str, **resources: Any) -> dict[str, Any]:
 
 
 def start(made: Path, folder: Path, runner: str, hang: str = "", **resources: Any) -> subprocess.Popen[str]:
-    """hang: python that runs first, in this process and in every one of Ray's."""
-    path, site = folder / "job.yaml", folder / "site"
+    """hang: what a worker does before each batch."""
+    path = folder / "job.yaml"
     path.write_text(yaml.safe_dump(document(made, str(folder / "out"), **resources)))
-    site.mkdir(exist_ok=True)
-    (site / "sitecustomize.py").write_text(hang)
-    environment = {**os.environ, "PYTHONPATH": f"{site}:{Path(__file__).parents[1]}"}
+    environment = {**os.environ, "PYTHONPATH": before_each_batch(folder / "site", hang)}
     command = [sys.executable, "-m", "pipeline.cli", "run", str(path), "--runner", runner]
     return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=environment)
 
@@ -111,20 +110,13 @@ def test_sigterm_to_a_ray_driver(made: Path, tmp_path: Path) -> None:
 
 
 SLEEP_ONCE = """
-import os, sys, time
-if "pipeline.cli" in " ".join(sys.orig_argv) or "default_worker" in " ".join(sys.orig_argv):
-    import pipeline.embed
-    real = pipeline.embed.Preparer.__call__
-    def prepare(self, batch):
-        if batch.part_index == 5:
-            try:
-                os.close(os.open({marker!r}, os.O_CREAT | os.O_EXCL))
-            except FileExistsError:
-                pass
-            else:
-                time.sleep(3600)
-        return real(self, batch)
-    pipeline.embed.Preparer.__call__ = prepare
+if batch.part_index == 5:
+    try:
+        os.close(os.open({marker!r}, os.O_CREAT | os.O_EXCL))
+    except FileExistsError:
+        pass
+    else:
+        time.sleep(3600)
 """
 
 
@@ -142,8 +134,8 @@ def test_a_sleeping_local_worker_ends_in_one_error_that_names_its_batch(made: Pa
 
 @pytest.mark.slow
 def test_a_sleeping_ray_worker_is_replaced(made: Path, tmp_path: Path) -> None:
-    process = start(made, tmp_path, "ray", SLEEP_ONCE.format(marker=str(tmp_path / "slept")), stall_s=20)
-    said = process.communicate(timeout=200)[1]
+    process = start(made, tmp_path, "ray", SLEEP_ONCE.format(marker=str(tmp_path / "slept")), stall_s=30)
+    said = process.communicate(timeout=250)[1]
     assert process.returncode == 0, said
     assert (tmp_path / "slept").exists() and "parts are run again with new workers (1 of 2 times)" in said
     assert "the workers' batches" in said
@@ -153,8 +145,8 @@ def test_a_sleeping_ray_worker_is_replaced(made: Path, tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_a_ray_worker_that_always_sleeps_ends_in_one_error(made: Path, tmp_path: Path) -> None:
     always = SLEEP_ONCE.format(marker=str(tmp_path / "slept")).replace("os.O_CREAT | os.O_EXCL", "os.O_CREAT")
-    process = start(made, tmp_path, "ray", always, stall_s=15)
-    said = process.communicate(timeout=250)[1]
+    process = start(made, tmp_path, "ray", always, stall_s=20)
+    said = process.communicate(timeout=290)[1]
     assert process.returncode == 1, said
     assert "part 5: batch 0 is missing" in said[said.index("error: ") :]
     assert 0 < parts(tmp_path) < SHARDS

@@ -10,29 +10,31 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Mapping
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from pipeline import commit, local
 from pipeline.driver import run
-from pipeline.errors import Img2ParquetError
+from pipeline.errors import Img2ParquetError, Stopped
 from pipeline.job import parse_job
+from pipeline.signals import Signals
 from pipeline.storage.steps import listening
 from tests.chaos.forks import fork
 
-What = Literal["kill", "stop", "full", "clock", "time"]
+What = Literal["kill", "term", "stop", "full", "clock", "time"]
 YEARS = 365 * 86_400.0
 GAVE_UP = 1
 
 
 @dataclass(frozen=True)
 class Blow:
-    """Comes the `nth` time that an object of such a name reaches a step; a `kill` may come after some seconds instead.
-    `full`: from there on, no byte more can be written to the disk; `clock`: it jumps at every step from there."""
+    """Comes the `nth` time that an object of such a name reaches a step; `kill` and `term` (SIGTERM) may come after
+    some seconds instead. `full`: from there on, no byte can be written to the disk; `clock`: it jumps at every step
+    from there."""
 
-    what: Literal["kill", "stop", "full", "clock"]
+    what: Literal["kill", "term", "stop", "full", "clock"]
     step: str = ""
     name: str = ""
     nth: int = 1
@@ -58,10 +60,14 @@ class Driver:
     @classmethod
     def start(cls, document: Mapping[str, Any], blow: Blow | None, log: Path, *, careful: bool = False) -> Driver:
         """careful: as in production, where what a dead driver was at is done in processes apart, seconds each."""
-        return cls.doing(lambda: run(parse_job(dict(document)), "local"), blow, log, careful=careful)
+        return cls.doing(
+            lambda signals: run(parse_job(dict(document)), "local", signals=signals), blow, log, careful=careful
+        )
 
     @classmethod
-    def doing(cls, action: Callable[[], object], blow: Blow | None, log: Path, *, careful: bool = False) -> Driver:
+    def doing(
+        cls, action: Callable[[Signals], object], blow: Blow | None, log: Path, *, careful: bool = False
+    ) -> Driver:
         return cls(fork(lambda: _drive(action, blow, careful), log), blow, log, time.monotonic())
 
     def look(self) -> None:
@@ -72,7 +78,8 @@ class Driver:
         elif pid:
             self.code = os.waitstatus_to_exitcode(status)
         elif self.blow and self.blow.after_s is not None and time.monotonic() - self.started >= self.blow.after_s:
-            self._signal(signal.SIGKILL)
+            self._signal(signal.SIGTERM if self.blow.what == "term" else signal.SIGKILL)
+            self.blow = replace(self.blow, after_s=None)  # once
 
     def go_on(self) -> None:
         self.is_stopped = False
@@ -90,14 +97,14 @@ class Driver:
             os.kill(self.pid, number)
 
 
-def _drive(action: Callable[[], object], blow: Blow | None, careful: bool) -> int:
+def _drive(action: Callable[[Signals], object], blow: Blow | None, careful: bool) -> int:
     local.SHARES_PROCESS = careful  # type: ignore[attr-defined, unused-ignore]
+    signals = Signals()
     try:
-        if blow is None or blow.after_s is not None:
-            action()
-        else:
-            with listening(_Listener(blow)):
-                action()
+        with signals, nullcontext() if blow is None or blow.after_s is not None else listening(_Listener(blow)):
+            action(signals)
+    except (Stopped, KeyboardInterrupt):
+        return signals.exit_code
     except Img2ParquetError as error:
         print(f"{type(error).__name__}: {error}", flush=True)
         return GAVE_UP
@@ -123,6 +130,9 @@ class _Listener:
     def _strike(self, step: str) -> None:
         if self.blow.what == "kill":
             os.kill(os.getpid(), signal.SIGKILL)
+        elif self.blow.what == "term":
+            self.blow = replace(self.blow, nth=1 << 30)
+            os.kill(os.getpid(), signal.SIGTERM)
         elif self.blow.what == "stop":
             self.blow = replace(self.blow, nth=1 << 30)  # once
             os.kill(os.getpid(), signal.SIGSTOP)

@@ -5,6 +5,7 @@
 | driver | the driver, and with it the cluster that it started | the same command does the rest |
 | workers | two processes that read or embed | the job ends by itself, or asks to be run again, which is counted |
 | node | a whole second raylet with all its workers | the same |
+| drain, terminate, add, replace | see `two_nodes.py` | the job ends by itself, and uses what joined |
 """
 
 from __future__ import annotations
@@ -20,7 +21,6 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -32,11 +32,16 @@ import yaml
 
 from tests.chaos.bed import Bed, make_input, run_undisturbed
 from tests.chaos.forks import result_of
+from tests.chaos.processes import descendants, started
 from tests.chaos.reader import Reader
 from tests.chaos.runs import Outcome, Place, compare
+from tests.late import before_each_batch
 
 SHARDS, PER_SHARD = 60, 10
-KINDS = ("driver", "workers", "node")
+KINDS = ("driver", "workers", "node", "drain", "terminate", "add", "replace")
+OF_NODES = KINDS[2:]
+SLOW = "time.sleep(0.2)"  # before each batch, so that a node has the time to come
+STALL_S = 60.0
 LIMIT_S = 300.0
 ASKS_FOR_MORE = "run the same command again"
 DRIVE = [sys.executable, "-m", "pipeline.cli", "run"]
@@ -53,9 +58,16 @@ class Job:
     family: dict[int, str] = field(default_factory=dict)  # pid -> when it started
 
     @classmethod
-    def start(cls, command: list[str], document: Path, out: Path, log: Path) -> Job:
+    def start(cls, command: list[str], document: Path, out: Path, log: Path, what: str = "") -> Job:
+        """what: happens to the second node."""
+        environment = dict(os.environ)
+        if what:
+            path = before_each_batch(document.parent / "site", SLOW)
+            environment |= {"CHAOS_NODE": what, "CHAOS_OUT": str(out), "PYTHONPATH": path}
         with log.open("ab") as words:
-            process = subprocess.Popen([*command, str(document), "--runner", "ray"], stdout=words, stderr=words)
+            process = subprocess.Popen(
+                [*command, str(document), "--runner", "ray"], stdout=words, stderr=words, env=environment
+            )
         return cls(process, out, log)
 
     def wait_for_parts(self, count: int) -> bool:
@@ -69,8 +81,8 @@ class Job:
 
     def look(self) -> dict[int, str]:
         """The family as it is now: pid -> title."""
-        now = dict(_descendants(self.process.pid))
-        self.family.update({pid: _started(pid) for pid in now})
+        now = dict(descendants(self.process.pid))
+        self.family.update({pid: started(pid) for pid in now})
         return now
 
     def wait(self) -> int | None:
@@ -82,31 +94,36 @@ class Job:
         """It and all that it left behind, which are ours: the same process ids with the same start."""
         self.look()
         for pid in (self.process.pid, *self.family):
-            if pid == self.process.pid or self.family[pid] == _started(pid) != "":
+            if pid == self.process.pid or self.family[pid] == started(pid) != "":
                 _kill(pid)
         self.process.wait()
 
 
 def one(seed: int, bed: Bed, folder: Path) -> Outcome:
     rng, kind, outcome = random.Random(seed), KINDS[seed % len(KINDS)], Outcome()
+    what = kind if kind in OF_NODES[1:] else ""
     folder.mkdir()
     place = Place(str(folder / "out"), folder)
     document = folder / "job.yaml"
-    document.write_text(yaml.safe_dump(bed.document("disk", place.uri, {})))
+    made = bed.document("disk", place.uri, {})
+    made["resources"] |= {"workers": "auto", "stall_s": STALL_S} if what else {}
+    document.write_text(yaml.safe_dump(made))
     reader = Reader(place.uri, "")
     for number in range(4):
-        command = DRIVE_TWO_NODES if kind == "node" and number == 0 else DRIVE
-        job = Job.start(command, document, folder / "out", folder / f"{number}.log")
+        command = DRIVE_TWO_NODES if kind in OF_NODES and number == 0 else DRIVE
+        job = Job.start(command, document, folder / "out", folder / f"{number}.log", what if number == 0 else "")
         try:
-            if number < (2 if kind == "driver" else 1):
+            if not what and number < (2 if kind == "driver" else 1):
                 _strike(kind, job, rng, outcome)
             code = job.wait()
         finally:
             job.end()
         outcome.counts["drivers"] += 1
+        said = job.log.read_text()
+        if what and number == 0:
+            _judge(what, said, outcome)
         if code == 0:
             break
-        said = job.log.read_text()
         if code == 1 and ASKS_FOR_MORE in said and kind != "driver":
             outcome.counts[f"jobs that lost a {kind.removesuffix('s')} and asked to be run again"] += 1
         elif code != -signal.SIGKILL:
@@ -118,6 +135,14 @@ def one(seed: int, bed: Bed, folder: Path) -> Outcome:
     outcome.problems += problems[:5]
     outcome.counts.update({"runs": 1, f"runs of {kind}": 1, "reader's looks": seen.looks, **counts})
     return outcome
+
+
+def _judge(what: str, said: str, outcome: Outcome) -> None:
+    used = "chaos: the new node is used" in said
+    if f"chaos: {what} done" not in said or used != (what in ("add", "replace")):
+        outcome.problems.append(f"{what} did not happen as it should: {said[-2000:]}")
+    outcome.counts[f"nodes of kind {what}"] += 1
+    outcome.counts["graphs that began anew"] += said.count("begin anew") + said.count("run again with new workers")
 
 
 def _strike(kind: str, job: Job, rng: random.Random, outcome: Outcome) -> None:
@@ -147,28 +172,6 @@ def _kill(pid: int) -> bool:
         os.kill(pid, signal.SIGKILL)
         return True
     return False
-
-
-def _descendants(parent: int) -> Iterator[tuple[int, str]]:
-    children: dict[int, list[int]] = {}
-    for folder in Path("/proc").glob("[0-9]*"):
-        with suppress(OSError, ValueError):
-            above = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
-            children.setdefault(above, []).append(int(folder.name))
-    waiting = [parent]
-    while waiting:
-        for pid in children.get(waiting.pop(), []):
-            waiting.append(pid)
-            with suppress(OSError):
-                title = Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace").strip()
-                yield pid, title or "?"
-
-
-def _started(pid: int) -> str:
-    """In ticks since the machine started; with the pid it names a process for good. `` where there is none."""
-    with suppress(OSError):
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
-    return ""
 
 
 def main() -> int:

@@ -162,7 +162,7 @@ def _one(bed: Bed, waves: Sequence[Wave], place: Path, server: Server | None) ->
     try:
         for number, wave in enumerate([*waves, (None,)]):
             drivers = [
-                Driver.doing(lambda: retry(uri, runner="local"), blow, place / f"{number}-{n}.log")
+                Driver.doing(lambda _: retry(uri, runner="local"), blow, place / f"{number}-{n}.log")
                 for n, blow in enumerate(wave)
             ]
             _wait(drivers)

@@ -49,6 +49,10 @@ def _killed(rng: random.Random, store: str, seconds: float) -> tuple[Wave, ...]:
     return tuple((_kill(rng, store, seconds),) for _ in range(rng.randint(1, 4)))
 
 
+def _terminated(rng: random.Random, store: str, seconds: float) -> tuple[Wave, ...]:
+    return tuple((replace(_kill(rng, store, seconds), what="term"),) for _ in range(rng.randint(1, 3)))
+
+
 def _together(rng: random.Random, store: str, seconds: float) -> tuple[Wave, ...]:
     """Two or three at once; some are killed while the others go on."""
     return tuple(
@@ -82,6 +86,7 @@ KINDS = {
     "full": (5, _full),
     "clock": (8, _clock),
     "store": (12, _killed),
+    "term": (10, _terminated),
 }
 
 

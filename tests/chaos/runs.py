@@ -25,10 +25,12 @@ OUR_ERRORS = {"AccessDenied", "JobFailed", "OutcomeUnknown", "StorageError"}
 ENDED_WELL = {
     "quiet": "drivers that ended by themselves",
     "kill": "drivers that ended before their kill",
+    "term": "drivers that ended before their SIGTERM",
     "stop": "drivers stopped and continued",
     "clock": "drivers with a jumping clock",
     "full": "drivers that ended before the disk was full",
 }
+STOPPED = (143, -15)  # the latter before it listened
 CLIENT = {"backoff_s": 0.005, "read_timeout_s": 2.0}
 
 
@@ -123,6 +125,8 @@ def _judge(drivers: Sequence[Driver], outcome: Outcome, may_give_up: bool) -> No
         what = driver.blow.what if driver.blow else "quiet"
         if driver.code == -9 and driver.blow and what == "kill":
             outcome.counts[f"kills {_where(driver.blow)}"] += 1
+        elif driver.code in STOPPED and what == "term":
+            outcome.counts["drivers that SIGTERM ended"] += 1
         elif driver.code == 0:
             outcome.counts[ENDED_WELL[what]] += 1
         elif driver.code == GAVE_UP and may_give_up:
