@@ -26,7 +26,8 @@ from pipeline.verify import verify
 from tests.small import add_member, job_dict, jpeg, make_checkpoint, small_job
 
 ROOT = Path(pipeline.__file__).parent
-OUR_OWN_PROCESSES = {"cluster.py", "actors.py", "child.py"}  # what one of our processes sends to another, over Ray or a pipe
+# what one of our processes sends to another, over Ray or a pipe
+OUR_OWN_PROCESSES = {"cluster.py", "actors.py", "child.py"}
 
 MARK = "IMG2PARQUET_TEST_WAS_RUN"
 
