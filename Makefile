@@ -29,7 +29,7 @@ check-style: $(STAMP)
 
 chaos: $(STAMP)  ## 1,000 seeded runs under kills, stops, full disks and failing stores; Ray's processes; each safeguard off
 	$(BIN)/python -m tests.chaos --runs 1000 --out tests/chaos/results/chaos.json
-	$(BIN)/python -m tests.chaos.on_ray --runs 9 --out tests/chaos/results/on_ray.json
+	$(BIN)/python -m tests.chaos.on_ray --runs 14 --out tests/chaos/results/on_ray.json
 	$(BIN)/python -m tests.chaos.safeguards --out tests/chaos/results/safeguards.json
 
 fuzz: $(STAMP)  ## 30,000 mutated images, 4,000 shards, 400 jobs, 80,000 runs of our parsers (20 minutes, one process)

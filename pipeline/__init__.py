@@ -16,6 +16,7 @@ The way of one image, a file for each step:
     apart.py        what kills its worker: done in a process apart (child.py), the culprit rejected
     supervise.py    a local driver that died is begun again; flight.py says what it was at
     session.py      what is left of a job, gathered and committed; meter.py says what held it up
+    rounds.py       results of workers that may hang or be lost: watch.py looks at the clock, signals.py hears SIGTERM
     finish.py       every part's footer -> rejects, manifest, totals
     driver.py       a job from start to end
     generations.py  what later runs added to an output: names, records and union; retrying.py tries rejects again
