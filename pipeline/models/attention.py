@@ -188,10 +188,19 @@ inline void mix(const float* s, const float* scale, int64_t count, int64_t strid
     store(out + r * row + v * LANES, hardswish(sum[r][v] * scale[r]));
 }
 
+// on whole cache lines: a vector that lies across two takes twice as long to load
+struct Floats {
+  struct Line { alignas(LANES * 4) float at[LANES]; };
+  std::vector<Line> lines;
+  explicit Floats(int64_t count) : lines((count + LANES - 1) / LANES) {}
+  float* data() { return lines.data()->at; }
+  float& operator[](int64_t n) { return data()[n]; }
+};
+
 // one head of one image, as floats: keys with a key to a column, values with a key to a row; s holds ROWS of scores
 struct Head {
   int64_t count, stride, depth, width;
-  std::vector<float> keys, values, queries, s;
+  Floats keys, values, queries, s;
   Head(int64_t count, int64_t depth, int64_t width)
       : count(count), stride((count + LANES - 1) / LANES * LANES), depth(depth), width(width), keys(depth * stride),
         values(count * width), queries(ROWS * depth), s(ROWS * stride) {}
@@ -233,9 +242,10 @@ void run(const T* q, const T* k, const T* v, const float* bias, T* out, int64_t 
       const T* from = q + image * q_image + h * depth;
       const float* add = bias + h * queries * head.stride;
       T* to = out + image * queries * row + h * width;
-      for (int64_t left = queries; left > 0;
-           left -= ROWS, from += ROWS * q_row, add += ROWS * head.stride, to += ROWS * row) {
-        switch (left < ROWS ? left : ROWS) {
+      // blocks of nearly the same size: a last one of one query would wait for each of its sums
+      for (int64_t left = queries, blocks = (queries + ROWS - 1) / ROWS, rows; blocks > 0; blocks--, left -= rows) {
+        rows = (left + blocks - 1) / blocks;
+        switch (rows) {
           case 1: head.attend<T, 1>(from, q_row, add, to, row); break;
           case 2: head.attend<T, 2>(from, q_row, add, to, row); break;
           case 3: head.attend<T, 3>(from, q_row, add, to, row); break;
@@ -243,6 +253,7 @@ void run(const T* q, const T* k, const T* v, const float* bias, T* out, int64_t 
           case 5: head.attend<T, 5>(from, q_row, add, to, row); break;
           default: head.attend<T, ROWS>(from, q_row, add, to, row);
         }
+        from += rows * q_row, add += rows * head.stride, to += rows * row;
       }
     }
   }

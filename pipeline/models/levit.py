@@ -271,6 +271,8 @@ class FastLevit:
         last = len(plain.stem) - 1
         self.stem = [_fast_conv(layer, n < last, dtype) for n, layer in enumerate(plain.stem)]
         self.stages = [[_fast(layer, dtype) for layer in stage] for stage in plain.stages]  # type: ignore[attr-defined]
+        ends = self.stages[-1][-1] if self.stages[-1] else None
+        self.last_mlp = ends if isinstance(ends, FastMLP) else None
         self.heads = _fast_heads(list(plain.heads.values()), dtype)
 
     def gives(self) -> dict[str, tuple[int, ...]]:
@@ -283,14 +285,15 @@ class FastLevit:
         x_BND = x_BCHW.permute(0, 2, 3, 1).flatten(1, 2)
         features: dict[str, Tensor] = {}
         attentions: list[Tensor] | None = [] if any(name.startswith("attentions:") for name in wants) else None
+        last = None if wants & {"tokens", f"tokens:{len(self.stages)}"} else self.last_mlp
         for k, stage in enumerate(self.stages):
             features[f"tokens:{k}"] = x_BND
             x_BND = x_BND if attentions is not None else self._whole_rows(x_BND, k)
             for layer in stage:
-                x_BND = layer(x_BND, attentions)
+                x_BND = x_BND if layer is last else layer(x_BND, attentions)
             x_BND = x_BND[:, : self.settings.sides[k + 1] ** 2]
         features |= {f"attentions:{k}": weights for k, weights in enumerate(attentions or ())}
-        pooled_BD = x_BND.mean(dim=1)
+        pooled_BD = last.mean(x_BND) if last else x_BND.mean(dim=1)
         asked = self.heads if any(name.startswith("logits") for name in wants) else None
         parts = torch.split(asked(pooled_BD), self.settings.num_labels, dim=-1) if asked else ()
         logits = dict(zip(self.head_names, parts, strict=False))
@@ -361,6 +364,11 @@ class FastMLP:
 
     def __call__(self, x_BND: Tensor, attentions: list[Tensor] | None) -> Tensor:
         return self.down(self.up(x_BND), x_BND)
+
+    def mean(self, x_BND: Tensor) -> Tensor:
+        """The mean over the tokens of what a call gives, y_BD. It is taken before the second linear, which then has one
+        row where there were N."""
+        return self.down(self.up(x_BND).mean(dim=1), x_BND.mean(dim=1))
 
 
 def gives(s: Settings, heads: Sequence[str]) -> dict[str, tuple[int, ...]]:

@@ -250,6 +250,19 @@ def test_attentions_are_weights(tmp_path: Path) -> None:
         assert oracle.distance(fast[name], plain[name]) < 1e-5
 
 
+@pytest.mark.parametrize("mlp_ratio", [[2, 2, 2], [2, 2, 0]])
+def test_tokens_that_nobody_asked_for_do_not_change_the_mean(mlp_ratio: list[int], tmp_path: Path) -> None:
+    """Without them the last linear sees the mean of what it saw before."""
+    folder = oracle.saved(LevitModel(LevitConfig(**TINY | {"mlp_ratio": mlp_ratio})), tmp_path)
+    model, x_BCHW = oracle.ours(folder), oracle.pixels(3)
+    alone = oracle.run(model, x_BCHW, "pooled")["pooled"]
+    for asked in ("tokens", "tokens:3", "tokens:2", "attentions:0"):
+        beside = oracle.run(model, x_BCHW, "pooled", asked)
+        assert oracle.distance(beside["pooled"], alone) < 1e-6
+        if asked in ("tokens", "tokens:3"):
+            assert oracle.distance(beside[asked].mean(1), alone) < 1e-6
+
+
 def test_bfloat16_drift(tmp_path: Path) -> None:
     """Measured on these weights: 1 to 2 % of the scale; the reference's own bfloat16 drifts as far or farther."""
     model = full_width(levit.PUBLISHED[0], [1, 1, 1])
