@@ -104,7 +104,7 @@ class Runner:
 @pytest.fixture
 def run_with(monkeypatch: pytest.MonkeyPatch) -> Callable[[JobSpec, Runner], Any]:
     def go(job: JobSpec, runner: Runner) -> Any:
-        monkeypatch.setattr("pipeline.driver._runner", lambda name: runner)
+        monkeypatch.setattr("pipeline.driver.choose_runner", lambda name: runner)
         return run(job, "local")
 
     return go
