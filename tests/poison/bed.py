@@ -9,7 +9,8 @@ import re
 import subprocess
 import sys
 import tarfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -89,7 +90,18 @@ def run_undisturbed(
 def run(
     folder: Path, checkpoint: Path, out: str, runner: str, poison: Poison, timeout_s: float = 400, **environment: str
 ) -> Ran:
-    """The command, with the hook on every process's path. Raises TimeoutExpired, when all of it has been ended."""
+    """The command to its end. Raises TimeoutExpired, when all of it has been ended."""
+    with started(folder, checkpoint, out, runner, poison, **environment) as process:
+        process.wait(timeout_s)
+    said = (folder / f"{out}.log").read_text()
+    return Ran(process.returncode, said, len(list((folder / f"{out}-marks").iterdir())))
+
+
+@contextmanager
+def started(
+    folder: Path, checkpoint: Path, out: str, runner: str, poison: Poison, **environment: str
+) -> Iterator[subprocess.Popen[bytes]]:
+    """The command, with the hook on every process's path. Ended with all its family when it is left."""
     job, marks, log = folder / f"{out}.yaml", folder / f"{out}-marks", folder / f"{out}.log"
     job.write_text(yaml.safe_dump(document(folder, checkpoint, out, poison)))
     marks.mkdir()
@@ -103,11 +115,10 @@ def run(
             stderr=file,
         )
         try:
-            process.wait(timeout_s)
+            yield process
         finally:
-            process.kill()  # its family ends with it
+            process.kill()
             process.wait()
-    return Ran(process.returncode, log.read_text(), len(list(marks.iterdir())))
 
 
 def expected(poison: Poison) -> list[tuple[str, str, str]]:
