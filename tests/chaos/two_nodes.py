@@ -18,6 +18,7 @@ import threading
 import time
 from pathlib import Path
 
+import ray
 from ray.cluster_utils import Cluster
 
 from pipeline import cluster as graphs
@@ -70,4 +71,6 @@ if __name__ == "__main__":
         graphs.GROWN_FOR_S, rounds.LOOK_S = 1.0, 0.5
         arguments = (what, cluster, second, Path(os.environ["CHAOS_OUT"]))
         threading.Thread(target=befall, args=arguments, daemon=True).start()
-    sys.exit(main(["run", *sys.argv[1:], "--address", cluster.address]))
+    code = main(["run", *sys.argv[1:], "--address", cluster.address])
+    ray.shutdown()  # before the cluster's own end, which would take the driver's raylet from it: exit code 1
+    sys.exit(code)
