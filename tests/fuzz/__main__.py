@@ -9,6 +9,7 @@ import argparse
 import json
 import logging
 import os
+import shutil
 import sys
 import tempfile
 import time
@@ -59,6 +60,8 @@ def main() -> int:
     problems = sum(len(record[name]["problems"]) for name in suites)
     problems += sum(bool(said["problem"]) for said in record["parsers"].values())
     print(_summary(record, problems))
+    if not problems:
+        shutil.rmtree(folder)
     return 1 if problems else 0
 
 
