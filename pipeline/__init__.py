@@ -20,6 +20,7 @@ The way of one image, a file for each step:
     finish.py       every part's footer -> rejects, manifest, totals
     driver.py       a job from start to end
     generations.py  what later runs added to an output: names, records and union; retrying.py tries rejects again
+    report/         what lies in an output -> one HTML page
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from pipeline.driver import Summary, run
     from pipeline.job import JobSpec, load_job, parse_job
     from pipeline.models import load_model
+    from pipeline.report import report
     from pipeline.results import open_results, read_rejects, status
     from pipeline.retrying import RetrySummary, retry
 
@@ -37,13 +39,14 @@ _HOME = {
     "JobSpec": "pipeline.job", "load_job": "pipeline.job", "parse_job": "pipeline.job",
     "load_model": "pipeline.models",
     "open_results": "pipeline.results", "read_rejects": "pipeline.results", "status": "pipeline.results",
+    "report": "pipeline.report",
     "run": "pipeline.driver", "Summary": "pipeline.driver",
     "retry": "pipeline.retrying", "RetrySummary": "pipeline.retrying",
 }  # fmt: skip
 
 __all__ = [
     "JobSpec", "RetrySummary", "Summary", "load_job", "load_model", "open_results", "parse_job", "read_rejects",
-    "retry", "run", "status",
+    "report", "retry", "run", "status",
 ]  # fmt: skip
 
 

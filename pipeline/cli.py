@@ -104,6 +104,13 @@ def _parser() -> argparse.ArgumentParser:
     rejects.add_argument("uri", help="the job's output.uri")
     rejects.add_argument("--superseded", action="store_true", help="those that retries have tried again, instead")
     _add_retry(commands)
+    report = _command(commands, "report", _report, "one HTML page about an output, with pictures; needs no network")
+    report.epilog = "example: img2parquet report out/demo/results --to report.html --images"
+    report.add_argument("uri", help="the job's output.uri")
+    report.add_argument("--to", default="report.html", metavar="FILE.html", help="default: report.html here")
+    report.add_argument("--sample", type=int, default=2000, metavar="ROWS", help="rows to look at (default 2000)")
+    report.add_argument("--truth", metavar="COLUMN", help="the column with the right answers; default: found by itself")
+    report.add_argument("--images", action="store_true", help="also write PNG sheets beside the page")
     _command(commands, "models", _models, "the families and published checkpoints, with what each can give")
     _command(commands, "schema", _schema, "the job file's JSON Schema, for editors")
     demo = _command(commands, "demo", _demo, "make shards of real photographs and label them (in a checkout)")
@@ -296,6 +303,15 @@ def _rejects(arguments: argparse.Namespace) -> int:
             print(_json_line(row))
             counts[row["reason"]] += 1
     say(f"{table.num_rows} rejects: " + ", ".join(f"{k} {v}" for k, v in counts.most_common()), file=sys.stderr)
+    return DONE
+
+
+def _report(arguments: argparse.Namespace) -> int:
+    from pipeline.report import report
+
+    given = arguments
+    for path in report(given.uri, given.to, sample=given.sample, truth=given.truth, images=given.images):
+        say(str(path))
     return DONE
 
 

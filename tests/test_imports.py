@@ -36,6 +36,7 @@ LAYERS = [
     {"driver"},
     {"retrying"},
     {"results", "verify", "progress", "catalogue", "supervise"},
+    {"report"},
     {"cli"},
 ]
 WITHIN = {
@@ -48,14 +49,16 @@ HEAVY = {
     "torch": {"models", "decode", "preprocess", "outputs", "embed", "local", "probe"}
     | {"device", "graphs", "forward", "batch_size", "gpus"},
     "ray": {"cluster", "actors"},
-    "PIL": {"decode", "preprocess", "models", "outputs"},
+    "PIL": {"decode", "preprocess", "models", "outputs", "report"},
     "simplejpeg": {"decode"},
     "pyarrow": {"schema", "storage", "read", "outputs", "plan", "batch", "embed", "write", "commit", "cluster"}
     | {"results", "verify", "losses", "finish", "session", "forward", "apart", "actors"}
-    | {"generations", "retrying"},
+    | {"generations", "retrying", "report"},
     "fsspec": {"storage"},
     "s3fs": {"storage"},
-    "pydantic": {"job", "read", "outputs"},
+    "pydantic": {"job", "read", "outputs", "report"},
+    "jinja2": {"report"},
+    "umap": {"report"},
     "yaml": {"job"},
     "safetensors": {"models"},
     "huggingface_hub": {"models"},
@@ -147,6 +150,7 @@ def test_siblings_do_not_import_each_other() -> None:
         "import pipeline.cli; pipeline.cli._parser()",
         "import pipeline.results, pipeline.verify",
         "import pipeline.supervise",
+        "import pipeline.report",
     ],
 )
 def test_light_imports_load_neither_torch_nor_ray(statement: str) -> None:

@@ -1,0 +1,105 @@
+"""Masks of class ids (PNG, or COCO run lengths) -> arrays, coloured PNGs to lay over thumbnails, and a legend."""
+
+from __future__ import annotations
+
+import colorsys
+import io
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+from PIL import Image
+
+MOST_PIXELS = 64_000_000
+# Okabe and Ito's colours and neighbours of them: told apart by most eyes, on light and on dark
+COLOURS = (
+    "#4477aa", "#ee9944", "#228855", "#cc5566", "#aa66bb", "#66b8dd", "#b8a030", "#885533", "#d888b8", "#3a9e9e",
+    "#7fb069", "#d1603d",
+)  # fmt: skip
+
+
+def colour(index: int) -> str:
+    """A class's colour, the same everywhere on the page; past the table, turns of the golden angle."""
+    if index < len(COLOURS):
+        return COLOURS[index]
+    red, green, blue = colorsys.hls_to_rgb(index * 0.618033988749895 % 1, 0.42 + 0.14 * (index % 3), 0.5)
+    return f"#{int(255 * red):02x}{int(255 * green):02x}{int(255 * blue):02x}"
+
+
+def ids(value: Any) -> npt.NDArray[np.int64] | None:
+    """A stored mask -> class ids (H, W); None for what is none, or is past MOST_PIXELS."""
+    try:
+        if isinstance(value, bytes):
+            return _from_png(value)
+        if isinstance(value, Mapping) and isinstance(value.get("bytes"), bytes):
+            return _from_png(value["bytes"])
+        return _from_runs(value) if isinstance(value, list) and value else None
+    except (OSError, ValueError, SyntaxError, LookupError, TypeError, Image.DecompressionBombError):
+        return None
+
+
+def _from_png(data: bytes) -> npt.NDArray[np.int64] | None:
+    with Image.open(io.BytesIO(data), formats=["PNG"]) as image:
+        if image.width * image.height > MOST_PIXELS or image.mode not in ("L", "P", "1", "I", "I;16"):
+            return None
+        return np.asarray(image).astype(np.int64)
+
+
+def _from_runs(runs: list[dict[str, Any]]) -> npt.NDArray[np.int64] | None:
+    height, width = runs[0]["size"]
+    if not 0 < height * width <= MOST_PIXELS:
+        return None
+    flat = np.full(height * width, -1, np.int64)
+    for run in runs:
+        edges = np.cumsum(counts_of(run["counts"]))
+        for start, stop in zip(edges[0::2], edges[1::2], strict=False):
+            flat[start:stop] = run["id"]
+    return np.ascontiguousarray(flat.reshape(width, height).T)
+
+
+def counts_of(text: str) -> list[int]:
+    """COCO's compressed text -> run lengths: the reverse of outputs/segmentation.py's `coco_string`."""
+    counts: list[int] = []
+    at = 0
+    while at < len(text):
+        value, shift, more = 0, 0, True
+        while more:
+            letter = ord(text[at]) - 48
+            value |= (letter & 31) << shift
+            more, at, shift = bool(letter & 32), at + 1, shift + 5
+            if not more and letter & 16:
+                value |= -1 << shift
+        counts.append(value + counts[-2] if len(counts) > 2 else value)
+    return counts
+
+
+def coloured(ids_HW: npt.NDArray[np.int64], longer_px: int) -> bytes:
+    """A small palette PNG; what has no class is transparent."""
+    height, width = ids_HW.shape
+    scale = min(1.0, longer_px / max(height, width))
+    rows = np.linspace(0, height - 1, max(1, round(height * scale))).round().astype(int)
+    columns = np.linspace(0, width - 1, max(1, round(width * scale))).round().astype(int)
+    small = ids_HW[rows][:, columns]
+    classes, inverse = np.unique(small, return_inverse=True)
+    rgba = np.array([[*_rgb(colour(int(k))), 255 if k >= 0 else 0] for k in classes], np.uint8)
+    sink = io.BytesIO()
+    Image.fromarray(rgba[inverse.reshape(small.shape)]).quantize(min(256, max(2, len(classes) + 1))).save(sink, "PNG")
+    return sink.getvalue()
+
+
+def class_names(field: pa.Field, config: Mapping[str, Any]) -> dict[int, str]:
+    """By class id: from the field's metadata, else the checkpoint's `id2label`."""
+    metadata = field.metadata or {}
+    try:
+        if b"labels" in metadata:
+            return {i: str(name) for i, name in enumerate(json.loads(metadata[b"labels"]))}
+        return {int(i): str(name) for i, name in dict(config.get("id2label") or {}).items()}
+    except (ValueError, TypeError):
+        return {}
+
+
+def _rgb(code: str) -> tuple[int, int, int]:
+    return int(code[1:3], 16), int(code[3:5], 16), int(code[5:7], 16)

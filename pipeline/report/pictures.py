@@ -1,0 +1,78 @@
+"""Which images a page shows -> each fetched and made small once; the page calls them by number."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+
+from pipeline.report.account import Account
+from pipeline.report.find import Place, find, find_rejects, open_source
+from pipeline.report.sample import Sample
+from pipeline.report.thumbs import LARGE_PX, SMALL_PX, Thumb, thumb
+
+DECODERS = 2
+
+
+@dataclass
+class Pictures:
+    """`data` in the order of their numbers: bytes of WebP or PNG files."""
+
+    data: list[bytes] = field(default_factory=list)
+    sizes: list[tuple[int, int]] = field(default_factory=list)  # width, height
+    at: dict[Place, int] = field(default_factory=dict)
+    of_rejects: dict[int, int] = field(default_factory=dict)  # by place in the account's rejects
+    missing: int = 0
+
+    def add(self, data: bytes, size: tuple[int, int]) -> int:
+        self.data.append(data)
+        self.sizes.append(size)
+        return len(self.data) - 1
+
+    def number(self, place: Place) -> int | None:
+        return self.at.get(place)
+
+    def uris(self) -> list[str]:
+        return [f"data:{_type(data)};base64,{base64.b64encode(data).decode()}" for data in self.data]
+
+
+def gather(account: Account, samples: Iterable[Sample], large: set[Place]) -> Pictures:
+    """Small ones of every sampled row, large ones of those that stand in a gallery, and the rejects' where their bytes
+    decode enough. Without shards none, and a note."""
+    pictures = Pictures()
+    source = open_source(account)
+    wanted = _wanted(samples)
+    if source is None or account.plan is None:
+        return pictures
+
+    def small(found: tuple[Place, bytes]) -> tuple[Place, Thumb | None]:
+        place, image = found
+        return place, thumb(image, LARGE_PX if place in large else SMALL_PX, salvage=True)
+
+    with ThreadPoolExecutor(DECODERS, thread_name_prefix="thumbs") as pool:
+        for place, made in pool.map(small, find(account, source, wanted)):
+            if made is not None:
+                pictures.at[place] = pictures.add(made.data, (made.width, made.height))
+    for i, image in find_rejects(account, source, account.rejects):
+        made = thumb(image, LARGE_PX, salvage=True)
+        if made is not None:
+            pictures.of_rejects[i] = pictures.add(made.data, (made.width, made.height))
+    pictures.missing = sum(map(len, wanted.values())) - len(pictures.at)
+    if pictures.missing:
+        account.note(f"{pictures.missing:,} of {pictures.missing + len(pictures.at):,} sampled rows have no thumbnail.")
+    return pictures
+
+
+def _wanted(samples: Iterable[Sample]) -> Mapping[int, set[Place]]:
+    wanted: dict[int, set[Place]] = {}
+    for sample in samples:
+        rows = zip(sample.parts.tolist(), sample.texts("shard"), sample.texts("key"), strict=False)
+        for part, shard, key in rows:
+            if part >= 0:
+                wanted.setdefault(part, set()).add((shard, key))
+    return wanted
+
+
+def _type(data: bytes) -> str:
+    return "image/png" if data.startswith(b"\x89PNG") else "image/webp"

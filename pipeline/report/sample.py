@@ -1,0 +1,204 @@
+"""Rows of a few parts, chosen by seed: the same for the same output, and as many for 1e3 rows as for 1e8.
+
+* At most PARTS_AT_MOST files are opened and one row group of each is read, BYTES_AT_MOST in all.
+* Where images are found by reading on from the head of a shard, the rows of a part are neighbours from there, so that
+  their thumbnails cost their own bytes. Loose files, and parts that are small, are sampled at random.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipeline.commit import model_of, parse_name
+from pipeline.report.account import UNREADABLE, Account
+from pipeline.schema import Part
+
+SEED = 6
+PARTS, PARTS_AT_MOST = 24, 64  # meant to be opened; opened where parts hold fewer rows than their share
+BYTES_AT_MOST = 512 << 20  # compressed, of all row groups together
+COLUMN_BYTES = 96 << 20  # a wider column of one row group is left out
+SMALL_PART_BYTES = 16 << 20  # of input: read whole for its thumbnails without a thought
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Which columns hold what; told by the run's identity, or by types where nobody says."""
+
+    labels: str | None = None
+    embedding: str | None = None
+    logits: str | None = None
+    mask: str | None = None
+    histogram: str | None = None
+    passthrough: tuple[str, ...] = ()
+
+    @property
+    def wanted(self) -> list[str]:
+        used = (self.labels, self.embedding, None if self.labels else self.logits, self.mask, self.histogram)
+        return [name for name in used if name]
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Some rows of one model. `parts` is each row's part, -1 where files have no parts."""
+
+    model: str
+    table: pa.Table
+    parts: npt.NDArray[np.int64]
+    columns: Columns
+    files_read: int
+    files: int
+    notes: tuple[str, ...] = field(default=())
+
+    def texts(self, name: str) -> list[str]:
+        return [str(value) for value in self.table[name].to_pylist()] if name in self.table.column_names else []
+
+
+def read_samples(account: Account, rows: int, truth: str | None) -> list[Sample]:
+    """A sample of each model, of the same rows where they can be. Unreadable files become notes."""
+    samples = []
+    for model in account.models:
+        names = [name for name in account.part_names if model_of(name) == model or account.plan is None]
+        if names:
+            samples.append(_sample(account, model, names, rows, truth))
+    return [sample for sample in samples if sample is not None]
+
+
+def _sample(account: Account, model: str, names: Sequence[str], rows: int, truth: str | None) -> Sample | None:
+    order = np.random.default_rng(SEED).permutation(len(names))[:PARTS_AT_MOST]
+    share = -(-rows // min(PARTS, len(names)))
+    tables: list[pa.Table] = []
+    parts: list[int] = []
+    columns: Columns | None = None
+    left, budget, opened = rows, BYTES_AT_MOST, 0
+    for name in (names[i] for i in order):
+        if left <= 0 or budget <= 0:
+            break
+        try:
+            read = _read(account, name, columns, min(share, left), truth)
+        except UNREADABLE as error:
+            account.note(f"{name} cannot be read: {(str(error).splitlines() or ['?'])[0]}")
+            continue
+        opened += 1
+        if read is None:
+            continue
+        table, spent, found = read
+        if tables and table.schema != tables[0].schema:
+            continue  # a foreign folder may hold anything
+        columns = found
+        tables.append(table)
+        parsed = parse_name(name)
+        parts += [parsed[1] if parsed else -1] * table.num_rows
+        left, budget = left - table.num_rows, budget - spent
+    if not tables or columns is None:
+        return None
+    table = pa.concat_tables(tables)
+    return Sample(model, table, np.asarray(parts, np.int64), columns, opened, len(names))
+
+
+def _read(
+    account: Account, name: str, columns: Columns | None, rows: int, truth: str | None
+) -> tuple[pa.Table, int, Columns] | None:
+    """Some rows of one row group, the compressed bytes that it took, and what its columns are."""
+    entry = account.files[name]
+    with account.output.store.open(entry.uri, expect=entry) as raw:
+        file = pq.ParquetFile(raw)
+        if not file.metadata.num_rows:
+            return None
+        columns = columns or tell(account, model_of(name), file.schema_arrow)
+        rng = np.random.default_rng([SEED, *name.encode()[-40:]])
+        group, chosen = _choose(account, name, file, rows, rng)
+        metadata = file.metadata.row_group(group)
+        sizes = _column_bytes(metadata)
+        every = [*columns.wanted, *columns.passthrough, *([truth] if truth else [])]
+        base = ["key", "shard", "width", "height", "warnings"]
+        wanted = [n for n in dict.fromkeys(base + every) if n in file.schema_arrow.names]
+        wanted = [n for n in wanted if sizes.get(n, 0) <= COLUMN_BYTES]
+        table = file.read_row_group(group, columns=wanted).take(pa.array(chosen))
+        return table.replace_schema_metadata(None), sum(sizes.get(n, 0) for n in wanted), columns
+
+
+def _column_bytes(group: pq.RowGroupMetaData) -> dict[str, int]:
+    """Bytes of each top-level column, the larger of stored and plain."""
+    sizes: dict[str, int] = {}
+    for i in range(group.num_columns):
+        column = group.column(i)
+        top = column.path_in_schema.split(".")[0]
+        sizes[top] = sizes.get(top, 0) + max(column.total_compressed_size, column.total_uncompressed_size)
+    return sizes
+
+
+def _choose(
+    account: Account, name: str, file: pq.ParquetFile, rows: int, rng: np.random.Generator
+) -> tuple[int, npt.NDArray[np.int64]]:
+    """A row group and places in it: a run from the head of a shard, or random ones."""
+    group = int(rng.integers(file.num_row_groups))
+    count = file.metadata.row_group(group).num_rows
+    if "shard" not in file.schema_arrow.names or not _reads_on(account, name):
+        return group, np.sort(rng.choice(count, min(rows, count), replace=False))
+    heads = _heads(file, group)
+    if not len(heads):  # one long shard: its head is in the first group
+        group, heads = 0, np.zeros(1, np.int64)
+    count = file.metadata.row_group(group).num_rows
+    start = int(min(rng.choice(heads), max(heads[0], count - rows)))
+    start = int(heads[heads <= start].max())
+    return group, np.arange(start, min(start + rows, count))
+
+
+def _heads(file: pq.ParquetFile, group: int) -> npt.NDArray[np.int64]:
+    """Places in a row group where another shard begins."""
+    shards = np.asarray(file.read_row_group(group, columns=["shard"])["shard"].to_pylist(), object)
+    heads = np.flatnonzero(shards[1:] != shards[:-1]) + 1
+    return np.concatenate([[0], heads]) if group == 0 else heads
+
+
+def _reads_on(account: Account, name: str) -> bool:
+    """Whether an image is reached only by reading the shard up to it, and the part is too large to read whole."""
+    parsed, kind = parse_name(name), input_kind(account)
+    if account.plan is None or parsed is None or kind in ("", "folder"):
+        return False
+    part: Part = account.plan.parts[parsed[1]]
+    return part.size_bytes > SMALL_PART_BYTES
+
+
+def input_kind(account: Account) -> str:
+    return str(account.record.get("job", {}).get("input", {}).get("kind", ""))
+
+
+def tell(account: Account, model: str, schema: pa.Schema) -> Columns:
+    """What a model's columns are: by the outputs of its identity, else by their types."""
+    found = dict(_by_identity(account, model)) or dict(_by_type(schema))
+    found = {kind: name for kind, name in found.items() if name in schema.names}
+    histogram = f"{found['mask']}_histogram" if "mask" in found else ""
+    taken = {*found.values(), histogram, "key", "shard", "width", "height", "warnings", "model"}
+    simple = (f.name for f in schema if f.name not in taken and _is_simple(f.type))
+    return Columns(**found, histogram=histogram if histogram in schema.names else None, passthrough=tuple(simple)[:16])
+
+
+def _by_identity(account: Account, model: str) -> Iterator[tuple[str, str]]:
+    identity = account.plan.identities.get(model, {}) if account.plan else {}
+    outputs = identity.get("outputs", []) if isinstance(identity, dict) else []
+    for output in reversed([o for o in outputs if isinstance(o, dict)]):  # the first of a kind counts
+        kind = {"segmentation": "mask"}.get(str(output.get("kind")), str(output.get("kind")))
+        if kind in ("labels", "embedding", "logits", "mask"):
+            yield kind, str(output.get("name", ""))
+
+
+def _by_type(schema: pa.Schema) -> Iterator[tuple[str, str]]:
+    for field_ in reversed(list(schema)):
+        kind = field_.type
+        if pa.types.is_list(kind) and pa.types.is_struct(kind.value_type):
+            names = {kind.value_type.field(i).name for i in range(kind.value_type.num_fields)}
+            if names >= {"name", "score"}:
+                yield "labels", field_.name
+        elif pa.types.is_fixed_size_list(kind) and pa.types.is_floating(kind.value_type) and kind.list_size > 1:
+            yield "embedding", field_.name
+
+
+def _is_simple(kind: pa.DataType) -> bool:
+    return bool(pa.types.is_string(kind) or pa.types.is_integer(kind) or pa.types.is_boolean(kind))
