@@ -20,6 +20,7 @@ NEAR_DUPLICATE = 0.98  # cosine similarity
 PAIRS, QUERIES, NEIGHBOURS = 12, 6, 6
 MOST_WIDTH = 4096  # a longer vector is cut: the map is a picture, and memory is bounded
 BLOCK_ROWS = 1024
+LEAST_FOR_UMAP = 15  # rows: as many as the neighbours that it looks at
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,7 @@ def likeness(x_ND: Float, groups: list[str], seed: int = 0) -> Likeness | None:
     x_ND = np.where(finite_N[:, None], x_ND, 0).astype(np.float32)
     map_N2, explained = pca(x_ND)
     maps = {"PCA": map_N2}
-    if find_spec("umap") is not None and len(x_ND) > 15:
+    if find_spec("umap") is not None and len(x_ND) > LEAST_FOR_UMAP:
         maps["UMAP"] = umap(x_ND, seed)
     norms = np.linalg.norm(x_ND, axis=1, keepdims=True)
     unit_ND = x_ND / np.maximum(norms, 1e-12)
@@ -85,7 +86,7 @@ def _dual(centred_ND: npt.NDArray[np.float64]) -> tuple[npt.NDArray[np.float64],
 
 def umap(x_ND: Float, seed: int) -> Float:
     """The layout of the `umap` extra, seeded."""
-    made: Any = import_module("umap").UMAP(n_neighbors=15, min_dist=0.1, metric="cosine", random_state=seed)
+    made: Any = import_module("umap").UMAP(n_neighbors=15, min_dist=0.1, metric="cosine", random_state=seed, n_jobs=1)
     return _to_unit_square(np.asarray(made.fit_transform(x_ND), np.float64))
 
 
