@@ -1,0 +1,127 @@
+"""How much is read, of which rows, and that their images are found again in every kind of input."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+
+import pipeline.report.find as finding
+import pipeline.report.sample as sampling
+from pipeline.commit import Output
+from pipeline.errors import PartFailed
+from pipeline.plan import Plan
+from pipeline.read import SOURCES, PartLimits, read_part
+from pipeline.report.account import Account, read_account
+from pipeline.report.find import find, open_source
+from pipeline.report.sample import read_samples
+from pipeline.report.thumbs import LARGE_PX, thumb
+from pipeline.schema import Part, Row
+from pipeline.storage import Store
+from tests.read.broken_shards import jpeg
+from tests.read.sources import ROWS, make_source, put_input
+from tests.small import jpeg as small_jpeg
+
+
+@pytest.fixture
+def account(output: Path) -> Account:
+    return read_account(str(output), {})
+
+
+def keys(account: Account, rows: int) -> list[str]:
+    (sample,) = read_samples(account, rows, None)
+    return sample.texts("key")
+
+
+def test_the_sample_is_the_same_each_time_and_as_large_as_asked(account: Account) -> None:
+    assert keys(account, 20) == keys(account, 20)
+    assert [len(set(keys(account, rows))) for rows in (1, 7, 30, 70, 5000)] == [1, 7, 30, 70, 70]
+
+
+def test_of_many_files_a_few_are_opened(account: Account, monkeypatch: pytest.MonkeyPatch) -> None:
+    """1,000 files and 1e8 rows cost what 64 files cost at most."""
+    opened: list[str] = []
+    plain = Store.open
+    names = list(account.files)
+    part = next(name for name in names if name.startswith("model="))
+    many = {f"model=tiny/part-{i:06d}-0123456789abcdef.parquet": account.files[part] for i in range(1000)}
+    assert account.plan is not None
+    plan = Plan((account.plan.parts[0],) * 1000, account.plan.identities)
+    plan.__dict__["names"] = {"tiny": tuple(many)}
+    account = replace(account, plan=plan, files=many)
+    monkeypatch.setattr(Store, "open", lambda self, uri, **more: opened.append(uri) or plain(self, uri, **more))
+    (sample,) = read_samples(account, 2000, None)
+    assert sample.table.num_rows == 64 * (24 - 1) and len(opened) == sampling.PARTS_AT_MOST
+    assert len(set(sample.parts.tolist())) == 64
+
+
+def test_large_shards_give_a_run_from_their_head(account: Account, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sampling, "SMALL_PART_BYTES", 0)
+    (sample,) = read_samples(account, 15, None)
+    assert account.plan is not None
+    for part, shard in set(zip(sample.parts.tolist(), sample.texts("shard"), strict=True)):
+        rows = [key for key, p in zip(sample.texts("key"), sample.parts.tolist(), strict=True) if p == part]
+        name = account.plan.names["tiny"][part]
+        stored = pq.read_table(account.files[name].uri, columns=["key"], partitioning=None)["key"].to_pylist()
+        assert rows == stored[: len(rows)] and shard == account.plan.parts[part].pieces[0].uri
+
+
+@pytest.mark.parametrize("kind", SOURCES)
+def test_images_are_found_again_by_key(kind: str, tmp_path: Path) -> None:
+    source = make_source(put_input(kind, str(tmp_path)))
+    parts = tuple(Part(i, pieces) for i, pieces in enumerate(source.plan(PartLimits(rows=4))))
+    rows = [(part.index, item) for part in parts for item in read_part(source, part) if isinstance(item, Row)]
+    assert len(rows) == ROWS
+    some = rows[1::2]
+    wanted: dict[int, set[tuple[str, str]]] = {}
+    for index, row in some:
+        wanted.setdefault(index, set()).add((row.shard, row.key))
+    account = Account(Output.at(str(tmp_path)), "complete", Plan(parts, {}))
+    found = dict(find(account, source, wanted))
+    assert found == {(row.shard, row.key): bytes(row.image) for _, row in some} and account.notes == []
+    assert set(found.values()) <= {jpeg(i) for i in range(ROWS)}
+
+
+def test_no_more_bytes_than_the_budget(output: Path, account: Account, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = open_source(account)
+    assert source is not None
+    (sample,) = read_samples(account, 70, None)
+    wanted: dict[int, set[tuple[str, str]]] = {}
+    rows = zip(sample.parts.tolist(), sample.texts("shard"), sample.texts("key"), strict=True)
+    for part, shard, key in rows:
+        wanted.setdefault(part, set()).add((shard, key))
+    monkeypatch.setattr(finding, "PART_BYTES", 9000)
+    monkeypatch.setattr(finding, "BYTES_AT_MOST", 1)
+    found = list(find(account, source, wanted))
+    assert 0 < sum(len(image) for _, image in found) < 3 * (9000 + 8000)  # a budget ends with the image that passes it
+    assert len(found) < 70
+
+
+def test_a_shard_that_fails_is_noted_and_the_others_are_read(account: Account, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = open_source(account)
+    assert source is not None
+    read = type(source).read
+
+    def fails(self: Any, part: Part) -> Any:
+        if part.index == 1:
+            raise PartFailed("s3://b/x.tar?X-Amz-Signature=deadbeef is gone")
+        yield from read(self, part)
+
+    monkeypatch.setattr(type(source), "read", fails)
+    (sample,) = read_samples(account, 70, None)
+    rows = list(zip(sample.parts.tolist(), sample.texts("shard"), sample.texts("key"), strict=True))
+    wanted = {part: {(s, k) for p, s, k in rows if p == part} for part in range(3)}
+    found = Counter(shard for (shard, _), _ in find(account, source, wanted))
+    assert len(found) == 2 and len(account.notes) == 1 and "deadbeef" not in account.notes[0]
+
+
+def test_thumbnails_are_small_and_keep_their_shape() -> None:
+    made = thumb(small_jpeg(1), 48)
+    assert made is not None and max(made.width, made.height) == 48 and len(made.data) < 4000
+    assert thumb(b"<html>", LARGE_PX) is None
+    half = small_jpeg(1)[:1500]
+    assert thumb(half, LARGE_PX) is None and thumb(half, LARGE_PX, salvage=True) is not None
