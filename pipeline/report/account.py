@@ -20,6 +20,7 @@ import pyarrow.parquet as pq
 from pipeline.commit import METER, REJECTS, RUN, SUCCESS, Footer, Output, model_of, read_footer
 from pipeline.errors import Img2ParquetError, InputError, StorageError
 from pipeline.finish import Counting
+from pipeline.generations import History, of_generation, read_history
 from pipeline.plan import Plan
 from pipeline.read.fetch import fetch_in_order
 from pipeline.storage import Entry, Store, names_in
@@ -38,7 +39,7 @@ class Account:
 
     output: Output
     state: State
-    plan: Plan | None = None
+    history: History | None = None  # the plan, and those of retries
     record: Mapping[str, Any] = field(default_factory=dict)  # _run.json
     files: Mapping[str, Entry] = field(default_factory=dict)
     rows_in: int | None = None
@@ -50,6 +51,10 @@ class Account:
     notes: list[str] = field(default_factory=list)
 
     @property
+    def plan(self) -> Plan | None:
+        return self.history.plan if self.history else None
+
+    @property
     def models(self) -> list[str]:
         if self.plan is not None:
             return sorted(self.plan.identities)
@@ -57,9 +62,9 @@ class Account:
 
     @property
     def part_names(self) -> list[str]:
-        """Parquet files with rows, by name; of a planned output only its own."""
-        if self.plan is not None:
-            return [name for name in self.plan.names_by_part() if name in self.files]
+        """Parquet files with rows, by name; of a planned output only its own, of all generations."""
+        if self.history is not None:
+            return [name for name in self.history.names_by_part() if name in self.files]
         hidden = (".", "_")
         names = (n for n in sorted(self.files) if not any(s.startswith(hidden) for s in n.split("/")))
         return [name for name in names if name.endswith(".parquet")]
@@ -82,7 +87,10 @@ def read_account(uri: str, storage_options: Mapping[str, Any]) -> Account:
     """Raises InputError where there is neither a plan nor a Parquet file, StorageError for a store that says no."""
     output = Output.at(uri, Store(dict(storage_options)))
     account = Account(output, "foreign", files=output.files())
-    account.plan = _tried(account, output.stored_plan, "the plan cannot be read")
+    plan: Plan | None = _tried(account, output.stored_plan, "the plan cannot be read")
+    if plan is not None:
+        read = partial(read_history, output, plan, account.files)
+        account.history = _tried(account, read, "the plans of retries cannot be read") or History(plan)
     if not account.part_names and account.plan is None:
         raise InputError(
             f"{output.uri}: nothing here: no plan and no Parquet files, so there is nothing to report on",
@@ -100,7 +108,10 @@ def read_account(uri: str, storage_options: Mapping[str, Any]) -> Account:
 
 
 def _count(account: Account) -> None:
-    totals = _tried(account, account.output.success, f"{SUCCESS} cannot be read") if SUCCESS in account.files else None
+    assert account.history is not None
+    name = of_generation(SUCCESS, account.history.generation)
+    read = partial(account.output.success, name)
+    totals = _tried(account, read, f"{name} cannot be read") if name in account.files else None
     account.state = "complete" if totals else "unfinished" if account.part_names else "empty"
     if totals:
         _take(account, totals)
@@ -109,7 +120,7 @@ def _count(account: Account) -> None:
     elif account.state == "empty":
         account.note("Nothing is committed yet: the job was planned, and has not finished its first part.")
     else:
-        account.note("The job has not ended: this page shows the parts that are committed so far.")
+        account.note("The job, or its last retry, has not ended: this page shows the parts that are committed so far.")
         _count_footers(account)
 
 
@@ -147,7 +158,9 @@ def _footers(account: Account, names: list[str]) -> Iterator[tuple[str, Footer]]
 
 def _stored_rejects(account: Account) -> list[dict[str, Any]]:
     """From a few row groups of a file that may hold millions."""
-    with account.output.store.open(account.files[REJECTS].uri) as raw:
+    assert account.history is not None
+    name = of_generation(REJECTS, account.history.generation)
+    with account.output.store.open(account.files[name].uri) as raw:
         file = pq.ParquetFile(raw)
         step = max(1, file.num_row_groups // REJECT_GROUPS)
         groups = list(range(0, file.num_row_groups, step))[:REJECT_GROUPS]

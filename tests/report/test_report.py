@@ -164,6 +164,17 @@ def test_an_output_with_nothing_committed(output: Path, tmp_path: Path) -> None:
     assert "Nothing committed yet" in text and "What ran" in text
 
 
+def test_a_retry_adds_its_rows(output: Path, tmp_path: Path) -> None:
+    there = copied(output, tmp_path / "out")
+    summary = pipeline.retry(str(there), runner="local")
+    assert summary.generation == 1
+    page = report(str(there), tmp_path / "r.html")[0].read_text()
+    assert "Complete" in page and len(values(page)["maps"][0]["keys"]) == SHARDS * PER_SHARD - 2
+    (there / "_SUCCESS-1").unlink()
+    page = report(str(there), tmp_path / "r.html")[0].read_text()
+    assert "its last retry, has not ended" in page and "not_an_image" in page
+
+
 def test_a_foreign_folder_of_parquet(tmp_path: Path) -> None:
     folder = tmp_path / "theirs"
     folder.mkdir()

@@ -14,6 +14,7 @@ import pipeline.report.find as finding
 import pipeline.report.sample as sampling
 from pipeline.commit import Output
 from pipeline.errors import PartFailed
+from pipeline.generations import History
 from pipeline.plan import Plan
 from pipeline.read import SOURCES, PartLimits, read_part
 from pipeline.report.account import Account, read_account
@@ -52,7 +53,7 @@ def test_of_many_files_a_few_are_opened(account: Account, monkeypatch: pytest.Mo
     assert account.plan is not None
     plan = Plan((account.plan.parts[0],) * 1000, account.plan.identities)
     plan.__dict__["names"] = {"tiny": tuple(many)}
-    account = replace(account, plan=plan, files=many)
+    account = replace(account, history=History(plan), files=many)
     monkeypatch.setattr(Store, "open", lambda self, uri, **more: opened.append(uri) or plain(self, uri, **more))
     (sample,) = read_samples(account, 2000, None)
     assert sample.table.num_rows == 64 * (24 - 1) and len(opened) == sampling.PARTS_AT_MOST
@@ -80,7 +81,7 @@ def test_images_are_found_again_by_key(kind: str, tmp_path: Path) -> None:
     wanted: dict[int, set[tuple[str, str]]] = {}
     for index, row in some:
         wanted.setdefault(index, set()).add((row.shard, row.key))
-    account = Account(Output.at(str(tmp_path)), "complete", Plan(parts, {}))
+    account = Account(Output.at(str(tmp_path)), "complete", History(Plan(parts, {})))
     found = dict(find(account, source, wanted))
     assert found == {(row.shard, row.key): bytes(row.image) for _, row in some} and account.notes == []
     assert set(found.values()) <= {jpeg(i) for i in range(ROWS)}
