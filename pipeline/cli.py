@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from pipeline.errors import Img2ParquetError, Stopped, UserError, printable
+from pipeline.exports import command as exports
 from pipeline.signals import Signals
 from pipeline.supervise import supervise
 from pipeline.watch import LEFT_BEHIND
@@ -106,6 +107,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_retry(commands)
     _command(commands, "models", _models, "the families and published checkpoints, with what each can give")
     _command(commands, "schema", _schema, "the job file's JSON Schema, for editors")
+    exports.add_arguments(_command(commands, "export", None, "committed rows in the format of another tool"))
     demo = _command(commands, "demo", _demo, "make shards of real photographs and label them (in a checkout)")
     demo.add_argument("--runner", choices=["ray", "local"], default="ray")
     return parser
