@@ -12,6 +12,7 @@ import pyarrow.dataset as ds
 
 from pipeline.commit import PLAN, Output
 from pipeline.errors import InputError, nearest
+from pipeline.generations import read_history
 from pipeline.results import open_results
 from pipeline.storage import Store
 from pipeline.vectors import is_vector
@@ -55,7 +56,7 @@ class Source:
             fields=_chosen(output.uri, dataset.schema, columns),
             kinds=kinds,
             parts=len(dataset.files),
-            parts_planned=len(plan.parts),
+            parts_planned=len(read_history(output, plan, output.files()).names[model]),
         )
 
     @property
