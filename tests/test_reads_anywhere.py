@@ -212,8 +212,14 @@ def test_spark(place: str, expected: dict[str, Any], tmp_path: Path) -> None:
     spark = builder.config("spark.sql.warehouse.dir", str(tmp_path)).getOrCreate()
     try:
         for model in OUTPUTS_OF:
-            rows = spark.read.parquet(f"{place}/model={model}").collect()
-            assert_same([row.asDict(recursive=True) for row in rows], expected[model])
+            reader, known = spark.read, expected[model]
+            if model == "photos":  # Spark has no float16, and reads a file that holds one by naming the other columns
+                names = "key string, width int, label bigint, embedding array<float>, logits array<float>, loss float"
+                names += ", steps array<tinyint>, bits array<smallint>"
+                reader = reader.schema(names)
+                known = [{n: v for n, v in row.items() if f"{n} " in names} for row in known]
+            rows = [row.asDict(recursive=True) for row in reader.parquet(f"{place}/model={model}").collect()]
+            assert_same(rows, known)
     finally:
         spark.stop()
 
