@@ -21,6 +21,7 @@ The way of one image, a file for each step:
     driver.py       a job from start to end
     generations.py  what later runs added to an output: names, records and union; retrying.py tries rejects again
     report/         what lies in an output -> one HTML page
+    exports/        committed rows -> the files of another tool; vectors.py: a column of vectors -> numpy
 """
 
 from __future__ import annotations
@@ -29,24 +30,27 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from pipeline.driver import Summary, run
+    from pipeline.exports import Exported, export
     from pipeline.job import JobSpec, load_job, parse_job
     from pipeline.models import load_model
     from pipeline.report import report
     from pipeline.results import open_results, read_rejects, status
     from pipeline.retrying import RetrySummary, retry
+    from pipeline.vectors import decode_vectors
 
 _HOME = {
     "JobSpec": "pipeline.job", "load_job": "pipeline.job", "parse_job": "pipeline.job",
     "load_model": "pipeline.models",
     "open_results": "pipeline.results", "read_rejects": "pipeline.results", "status": "pipeline.results",
     "report": "pipeline.report",
+    "export": "pipeline.exports", "Exported": "pipeline.exports", "decode_vectors": "pipeline.vectors",
     "run": "pipeline.driver", "Summary": "pipeline.driver",
     "retry": "pipeline.retrying", "RetrySummary": "pipeline.retrying",
 }  # fmt: skip
 
 __all__ = [
-    "JobSpec", "RetrySummary", "Summary", "load_job", "load_model", "open_results", "parse_job", "read_rejects",
-    "report", "retry", "run", "status",
+    "Exported", "JobSpec", "RetrySummary", "Summary", "decode_vectors", "export", "load_job", "load_model",
+    "open_results", "parse_job", "read_rejects", "report", "retry", "run", "status",
 ]  # fmt: skip
 
 

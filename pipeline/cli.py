@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from pipeline.errors import Img2ParquetError, Stopped, UserError, printable
+from pipeline.exports import command as exports
 from pipeline.signals import Signals
 from pipeline.supervise import supervise
 from pipeline.watch import LEFT_BEHIND
@@ -113,6 +114,7 @@ def _parser() -> argparse.ArgumentParser:
     report.add_argument("--images", action="store_true", help="also write PNG sheets beside the page")
     _command(commands, "models", _models, "the families and published checkpoints, with what each can give")
     _command(commands, "schema", _schema, "the job file's JSON Schema, for editors")
+    exports.add_arguments(_command(commands, "export", None, "committed rows in the format of another tool"))
     demo = _command(commands, "demo", _demo, "make shards of real photographs and label them (in a checkout)")
     demo.add_argument("--runner", choices=["ray", "local"], default="ray")
     return parser

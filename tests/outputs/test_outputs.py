@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import io
 import json
@@ -16,11 +17,12 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from pipeline.errors import OutputUnavailable, PartFailed
+from pipeline.errors import InputError, OutputUnavailable, PartFailed
 from pipeline.models import Card
 from pipeline.outputs import OUTPUTS, BatchRows, TensorOutput
 from pipeline.outputs.segmentation import png
 from pipeline.preprocess import PreprocessSettings
+from pipeline.vectors import decode_vectors
 
 NAMES = ("tench", "great white shark", "Eskimo dog, husky", "ключ", "", "ox", "ram", "cat", "hen", "ladybug")
 GIVES = {
@@ -49,6 +51,9 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
         {"pool": "cls", "normalize": "l2"},
         {"pool": "mean", "dtype": "float16"},
         {"normalize": "l2", "dtype": "float16", "name": "v"},
+        {"normalize": "l2", "dtype": "int8"},
+        {"pool": "cls", "dtype": "binary", "name": "bits"},
+        {"normalize": "l2", "dtype": "binary"},
     ],
     "logits": [{}, {"head": "cls"}, {"head": "distillation", "dtype": "float16"}],
     "labels": [{}, {"top_k": 1}, {"top_k": 99}, {"threshold": 0.2}, {"head": "distillation", "name": "what"}],
@@ -236,6 +241,71 @@ def test_float16_overflow_is_refused_but_not_where_l2_removes_it() -> None:
         column(make("embedding", dtype="float16"), x_BD)
     assert column(make("embedding", dtype="float16", normalize="l2"), x_BD)[0][0] == pytest.approx(24**-0.5, rel=1e-3)
     assert column(make("embedding"), x_BD)[0][0] == 70000.0
+
+
+def decoded(x_BD: torch.Tensor, **settings: Any) -> tuple[np.ndarray, pa.Field]:
+    output = make("embedding", **settings)
+    [field] = output.fields(card())
+    [stored] = output.columns(card(), {"pooled": x_BD}, batch(len(x_BD)))
+    return decode_vectors(stored, field), field
+
+
+def test_int8_is_within_half_a_step_and_says_how_it_is_decoded() -> None:
+    x_BD = torch.randn(50, 24, generator=torch.Generator().manual_seed(2))
+    x_BD[3] = 0
+    x_BD[4] = torch.eye(24)[5] * 9  # one component has all: beyond the scale's reach
+    found_BD, field = decoded(x_BD, normalize="l2", dtype="int8")
+    assert field.type == pa.list_(pa.int8(), 24)
+    assert field.metadata[b"encoding"] == b"int8" and b"length 1" in field.metadata[b"decode"]
+    unit_BD = torch.nn.functional.normalize(x_BD, dim=1).numpy()
+    step = float(field.metadata[b"scale"])
+    assert step == pytest.approx(1 / 127)  # 6 / sqrt(24) is more than 1, which no component is
+    codes_BD = np.array(column(make("embedding", normalize="l2", dtype="int8"), x_BD))
+    assert np.abs(codes_BD * step - unit_BD).max() <= step / 2 * 1.0001
+    np.testing.assert_allclose(np.linalg.norm(found_BD, axis=1), [0.0 if i == 3 else 1.0 for i in range(50)], atol=1e-6)
+    assert found_BD[4].argmax() == 5
+
+
+def test_a_long_vector_has_small_steps_and_what_is_beyond_them_is_cut() -> None:
+    from pipeline.outputs.embedding import int8_codes, int8_scale
+
+    assert int8_scale(900) == pytest.approx(6 / 30 / 127)
+    codes_BD = int8_codes(np.eye(900, dtype=np.float32)[:1] * -1)
+    assert codes_BD[0, 0] == -127 and not codes_BD[0, 1:].any()
+
+
+def test_binary_is_the_signs() -> None:
+    x_BD = torch.tensor([[1.0, -2.0, 0.0, 0.5] * 6])
+    found_BD, field = decoded(x_BD, dtype="binary")
+    assert field.type == pa.list_(pa.uint8(), 3)
+    np.testing.assert_allclose(found_BD * 24**0.5, [[1, -1, -1, 1] * 6], rtol=1e-6)
+    assert column(make("embedding", dtype="binary"), x_BD) == [[0b10011001] * 3]
+
+
+@pytest.mark.parametrize("settings", [{"normalize": "l2", "dtype": "int8"}, {"dtype": "binary"}])
+def test_codes_of_what_is_not_finite_are_refused(settings: dict[str, str]) -> None:
+    x_BD = torch.ones(2, 24)
+    x_BD[1, 3] = float("nan")
+    with pytest.raises(PartFailed, match="not finite"):
+        make("embedding", **settings).columns(card(), {"pooled": x_BD}, batch(2))
+
+
+def test_int8_without_a_common_length_and_signs_of_nothing_negative_are_refused() -> None:
+    with pytest.raises(ValidationError, match="needs `normalize: l2`"):
+        make("embedding", dtype="int8")
+    with pytest.raises(OutputUnavailable, match="no negative values"):
+        make("embedding", dtype="binary").wants(dataclasses.replace(card(), family="bit"))
+
+
+def test_floats_are_decoded_without_a_copy() -> None:
+    x_BD = torch.randn(5, 24)
+    [stored] = make("embedding").columns(card(), {"pooled": x_BD}, batch(5))
+    [field] = make("embedding").fields(card())
+    found_BD = decode_vectors(stored, field)
+    assert found_BD.ctypes.data == stored.flatten().to_numpy(zero_copy_only=True).ctypes.data
+    np.testing.assert_array_equal(found_BD, x_BD.numpy())
+    with pytest.raises(InputError, match="no vectors"):
+        decode_vectors(stored, pa.field("labels", pa.list_(pa.int32(), 24)))
 
 
 def test_vectors_are_plain_fixed_size_lists() -> None:

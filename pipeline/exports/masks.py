@@ -1,0 +1,97 @@
+"""A stored mask, PNG or COCO's run lengths, to a map of class ids at the source image's size, and regions of it.
+
+Shapes: H W the source image, h w the stored mask.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+from pipeline.exports.source import class_names
+
+__all__ = ["Box", "Ids", "Region", "box", "class_map", "class_names", "coco_counts", "regions", "runs"]
+Ids = npt.NDArray[np.integer[Any]]
+Region = npt.NDArray[np.bool_]
+NOWHERE = -1  # a pixel of no class
+
+
+@dataclass(frozen=True)
+class Box:
+    """Pixels [left, right) x [top, bottom)."""
+
+    left: int
+    top: int
+    right: int
+    bottom: int
+
+    @property
+    def xywh(self) -> list[int]:
+        return [self.left, self.top, self.right - self.left, self.bottom - self.top]
+
+
+def class_map(stored: bytes | Sequence[dict[str, Any]], height: int, width: int) -> Ids:
+    """(H, W) class ids. A mask of the model's own size is enlarged, each pixel the nearest of the mask."""
+    ids_hw = _of_png(stored) if isinstance(stored, bytes) else _of_runs(stored, height, width)
+    if ids_hw.shape == (height, width):
+        return ids_hw
+    image = Image.fromarray(ids_hw.astype(np.int32)).resize((width, height), Image.Resampling.NEAREST)
+    return np.asarray(image)
+
+
+def regions(ids_HW: Ids) -> Iterator[tuple[int, Region, Box]]:
+    """Each class that is there, where, and its box."""
+    for k in np.unique(ids_HW):
+        if k != NOWHERE:
+            region_HW = ids_HW == k
+            yield int(k), region_HW, box(region_HW)
+
+
+def box(region_HW: Region) -> Box:
+    """The smallest around the region's pixels."""
+    rows, columns = np.flatnonzero(region_HW.any(1)), np.flatnonzero(region_HW.any(0))
+    return Box(int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1)
+
+
+def runs(flat_N: npt.NDArray[Any]) -> npt.NDArray[np.int64]:
+    """Lengths of the runs of a flat mask of 0 and 1, the first one of 0s, perhaps of none."""
+    edges = np.flatnonzero(np.diff(flat_N.astype(np.int8))) + 1
+    counts = np.diff(edges, prepend=0, append=len(flat_N))
+    return np.concatenate([[0], counts]) if len(flat_N) and flat_N[0] else counts
+
+
+def coco_counts(text: str) -> npt.NDArray[np.int64]:
+    """COCO's compressed text to run lengths: the inverse of `outputs.segmentation.coco_string`."""
+    counts: list[int] = []
+    value = shift = 0
+    for letter in text.encode("ascii"):
+        bits = letter - 48
+        value |= (bits & 31) << shift
+        shift += 5
+        if not bits & 32:
+            if bits & 16:
+                value -= 1 << shift
+            counts.append(value + counts[-2] if len(counts) > 2 else value)
+            value = shift = 0
+    return np.array(counts, np.int64)
+
+
+def _of_png(data: bytes) -> Ids:
+    with Image.open(io.BytesIO(data)) as image:
+        return np.asarray(image).astype(np.int32)
+
+
+def _of_runs(entries: Sequence[dict[str, Any]], height: int, width: int) -> Ids:
+    h, w = entries[0]["size"] if entries else (height, width)
+    flat_N = np.full(h * w, NOWHERE, np.int32)
+    for entry in entries:
+        counts = coco_counts(entry["counts"])
+        inside = np.repeat(np.arange(len(counts)) % 2 == 1, counts)
+        flat_N[: len(inside)][inside] = entry["id"]
+    return flat_N.reshape(w, h).T  # columns first
