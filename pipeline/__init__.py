@@ -20,6 +20,12 @@ The way of one image, a file for each step:
     finish.py       every part's footer -> rejects, manifest, totals
     driver.py       a job from start to end
     generations.py  what later runs added to an output: names, records and union; retrying.py tries rejects again
+
+and what may be asked of what came out (ask.py has the commands):
+
+    vectors.py      committed embeddings, file by file; index.py, search.py, duplicates.py, sheet.py build on it
+    few_shot.py     a few labels -> a classifier; linear_probe.py writes its labels for all rows; derived.py: where
+    evaluate.py     a column that says what is true -> how right the model is; judge.py counts
 """
 
 from __future__ import annotations

@@ -32,10 +32,14 @@ LAYERS = [
     {"rounds"},
     {"actors"},  # what workers of a cluster do
     {"local", "cluster"},
-    {"losses", "finish", "session"},
+    {"derived", "judge"},  # partitions made from others; what a truth says of a row
+    {"losses", "finish", "session", "evaluate"},
     {"driver"},
     {"retrying"},
-    {"results", "verify", "progress", "catalogue", "supervise"},
+    {"results", "verify", "progress", "catalogue", "supervise", "vectors"},
+    {"index", "embed_image", "few_shot", "label_file"},
+    {"search", "duplicates", "thumbnails", "sheet", "linear_probe"},
+    {"ask"},  # commands on finished outputs
     {"cli"},
 ]
 WITHIN = {
@@ -48,17 +52,20 @@ HEAVY = {
     "torch": {"models", "decode", "preprocess", "outputs", "embed", "local", "probe"}
     | {"device", "graphs", "forward", "batch_size", "gpus"},
     "ray": {"cluster", "actors"},
-    "PIL": {"decode", "preprocess", "models", "outputs"},
+    "PIL": {"decode", "preprocess", "models", "outputs", "thumbnails", "judge"},
     "simplejpeg": {"decode"},
     "pyarrow": {"schema", "storage", "read", "outputs", "plan", "batch", "embed", "write", "commit", "cluster"}
     | {"results", "verify", "losses", "finish", "session", "forward", "apart", "actors"}
-    | {"generations", "retrying"},
+    | {"generations", "retrying"}
+    | {"vectors", "duplicates", "evaluate", "judge", "label_file", "linear_probe"},
     "fsspec": {"storage"},
     "s3fs": {"storage"},
     "pydantic": {"job", "read", "outputs"},
     "yaml": {"job"},
-    "safetensors": {"models"},
+    "safetensors": {"models", "linear_probe"},
     "huggingface_hub": {"models"},
+    "usearch": {"index"},
+    "sklearn": {"few_shot"},
     "transformers": set(),
     "torchvision": set(),
 }  # fmt: skip
