@@ -22,6 +22,12 @@ The way of one image, a file for each step:
     generations.py  what later runs added to an output: names, records and union; retrying.py tries rejects again
     report/         what lies in an output -> one HTML page
     exports/        committed rows -> the files of another tool; vectors.py: a column of vectors -> numpy
+
+and what may be asked of what came out (ask.py has the commands):
+
+    embeddings.py   committed embeddings, file by file; index.py, search.py, duplicates.py, sheet.py build on it
+    few_shot.py     a few labels -> a classifier; linear_probe.py writes its labels for all rows; derived.py: where
+    evaluate.py     a column that says what is true -> how right the model is; judge.py counts
 """
 
 from __future__ import annotations

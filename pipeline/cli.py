@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
+from pipeline.ask import add_commands
 from pipeline.errors import Img2ParquetError, Stopped, UserError, printable
 from pipeline.exports import command as exports
 from pipeline.signals import Signals
@@ -115,6 +116,7 @@ def _parser() -> argparse.ArgumentParser:
     _command(commands, "models", _models, "the families and published checkpoints, with what each can give")
     _command(commands, "schema", _schema, "the job file's JSON Schema, for editors")
     exports.add_arguments(_command(commands, "export", None, "committed rows in the format of another tool"))
+    add_commands(commands, _command)
     demo = _command(commands, "demo", _demo, "make shards of real photographs and label them (in a checkout)")
     demo.add_argument("--runner", choices=["ray", "local"], default="ray")
     return parser
@@ -220,6 +222,8 @@ def print_summary(summary: Any) -> None:
     say(f"rejected   {sum(summary.rejected.values()):,}" + (f" ({reasons})" if reasons else ""))
     for name, loss in summary.losses.items():
         say(f"loss       {name} {'none: no row has a truth' if loss is None else format(loss, '.4f')}")
+    for name, scores in summary.scores.items():
+        say(f"scores     {name} " + ", ".join(f"{kind} {score:.4f}" for kind, score in scores.items()))
     if done_now:
         say(f"speed      {summary.images_per_s:,.0f} images/s, {summary.seconds:.1f} s in all")
     if summary.bottleneck:

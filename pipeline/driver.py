@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import ModuleType
 from typing import Any, Literal
 
 from pipeline.batch import Work
 from pipeline.commit import Output
 from pipeline.errors import JobError, RejectLimitExceeded, nearest
+from pipeline.evaluate import scores_by_truth
 from pipeline.finish import finish, stored_totals
 from pipeline.generations import History, read_history
 from pipeline.job import JobSpec
@@ -40,6 +41,7 @@ class Summary:
     bottleneck: str = ""  # what held this session up and what would help; `` where there was nothing to do
     meter: dict[str, Any] = field(default_factory=dict)  # this session's stages, as in the manifest's metadata
     losses: dict[str, float | None] = field(default_factory=dict)  # `model.column` -> mean over rows that have one
+    scores: dict[str, dict[str, float]] = field(default_factory=dict)  # `model.column` -> top1, mean_iou, ...
 
 
 def run(
@@ -140,10 +142,12 @@ def _finish(job: JobSpec, session: Session, history: History, stored: dict[str, 
         stored = stored_totals(output, history, output.files())
         totals = stored or totals
     losses = totals.get("losses", {}) if stored else mean_losses(job, output, plan.names)
-    summary = summarise(session, totals, losses, images_per_s)
+    scores = totals.get("scores", {}) if stored else scores_by_truth(job, output, History(plan))
+    summary = replace(summarise(session, totals, losses, images_per_s), scores=scores)
     judge(job, output, totals)
     if not stored:
-        output.succeed({**totals, "losses": losses} if losses else totals)
+        told = {"losses": losses, "scores": scores}
+        output.succeed({**totals, **{name: values for name, values in told.items() if values}})
     return summary
 
 

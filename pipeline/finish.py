@@ -17,6 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.commit import MANIFEST, REJECTS, SUCCESS, Footer, Output, is_part_file, model_of
+from pipeline.derived import are_derived
 from pipeline.errors import RunMismatch, StorageError
 from pipeline.generations import (
     REJECT_SCHEMA,
@@ -182,7 +183,8 @@ def check_complete(output: Output, history: History, files: Mapping[str, Entry],
     RunMismatch, StorageError."""
     known = set(history.names_by_part())
     names = set(history.upto(generation).names_by_part())
-    foreign, gone = {name for name in files if is_part_file(name)} - known, names - files.keys()
+    foreign = {name for name in files if is_part_file(name)} - known - are_derived(files)
+    gone = names - files.keys()
     if foreign:
         raise RunMismatch(
             f"{output.uri} holds files of another run: {', '.join(sorted(foreign)[:3])} ({len(foreign)} in all)",

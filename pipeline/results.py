@@ -12,6 +12,7 @@ import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 
 from pipeline.commit import PLAN, SUCCESS, Footer, Output
+from pipeline.derived import history_with
 from pipeline.errors import InputError, nearest
 from pipeline.finish import Counting
 from pipeline.generations import (
@@ -37,7 +38,8 @@ def open_results(uri: str, model: str | None = None, **storage_options: Any) -> 
     output = _output(uri, storage_options)
     plan = _plan(output)
     there = output.files()
-    history = read_history(output, plan, there)
+    history = history_with(output, plan, model, there)
+    plan = history.plan
     committed = {m: [name for name in names if name in there] for m, names in history.names.items()}
     if model is not None and model not in plan.identities:
         known = sorted(plan.identities)

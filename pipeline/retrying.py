@@ -22,6 +22,7 @@ from pipeline.batch import Embedded, Work
 from pipeline.commit import MANIFEST, PLAN, REJECTS, RUN, SUCCESS, Output, is_sealed
 from pipeline.driver import Summary, choose_runner, judge, make_work, summarise
 from pipeline.errors import InputError, JobError, RunMismatch, nearest
+from pipeline.evaluate import scores_by_truth
 from pipeline.finish import finish_retry, read_manifests, totals
 from pipeline.generations import (
     History,
@@ -258,10 +259,11 @@ def _finish(job: JobSpec, session: RetrySession, before: History, plan: RetryPla
     images_per_s = session.tally.images_per_s
     gathered = finish_retry(output, history, session.footers, session.report)
     losses = mean_losses(job, output, history.names)
-    summary = summarise(session, gathered, losses, images_per_s)
+    scores = scores_by_truth(job, output, history)
+    summary = replace(summarise(session, gathered, losses, images_per_s), scores=scores)
     judge(job, output, gathered)
     output.succeed(
-        {**gathered, "losses": losses} if losses else gathered,
+        {**gathered, **({"losses": losses} if losses else {}), **({"scores": scores} if scores else {})},
         of_generation(SUCCESS, plan.generation),
         history.records(),
     )

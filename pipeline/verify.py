@@ -31,6 +31,7 @@ from pipeline.commit import (
     model_of,
     parse_footer,
 )
+from pipeline.derived import are_derived, derived_names, mirror_problems, records_of
 from pipeline.errors import InputError, NotFound, RunMismatch, StorageError
 from pipeline.finish import Counting
 from pipeline.generations import History, RetryPlan, Standing, of_generation, read_history
@@ -84,8 +85,34 @@ def verify(output: Output) -> list[str]:
         history = read_history(output, plan, there)
     except (*UNREADABLE, RunMismatch) as error:
         return [f"the plan of a retry cannot be read: {_first_line(error)}"]
-    files = {name: entry for name, entry in there.items() if is_visible(name)}
-    expected = {name: Expected(model, part, p) for p in (plan, *history.later) for model, part, name in p.files()}
+    theirs = are_derived(there)
+    files = {name: entry for name, entry in there.items() if is_visible(name) and name not in theirs}
+    problems, good = _check_run(output, output, history, files)
+    return problems + list(_check_derived(output, there, good))
+
+
+def _check_derived(output: Output, there: dict[str, Entry], good: dict[str, Checked]) -> Iterator[str]:
+    """Partitions that were made from others, each with its own plan and records. good: what they were made from."""
+    for name in derived_names(there):
+        records = records_of(output, name)
+        try:
+            plan = records.stored_plan()
+        except UNREADABLE as error:
+            yield f"{records.uri}/{PLAN}: cannot be read: {_first_line(error)}"
+            continue
+        assert plan is not None, "it was listed"
+        files = {file: there[file] for file in are_derived(there) if model_of(file) == name}
+        problems, own = _check_run(output, records, History(plan), files)
+        yield from problems
+        yield from mirror_problems(plan, {file: checked.keys for file, checked in (good | own).items()})
+
+
+def _check_run(
+    output: Output, records: Output, history: History, files: dict[str, Entry]
+) -> tuple[list[str], dict[str, Checked]]:
+    """The parts and records of one run and its later generations: what is wrong, and the files that are whole."""
+    plans = (history.plan, *history.later)
+    expected = {name: Expected(model, part, plan) for plan in plans for model, part, name in plan.files()}
     problems = [f"missing: {name}" for name in sorted(expected.keys() - files.keys())]
     problems += [f"not of this run: {name}" for name in sorted(files.keys() - expected.keys())]
     present = sorted(expected.keys() & files.keys())
@@ -97,8 +124,8 @@ def verify(output: Output) -> list[str]:
     problems += _duplicate_keys(good, expected)
     problems += _between_models(good)
     for generation in range(history.generation + 1):
-        problems += _check_generation(output, history.upto(generation), good, is_last=generation == history.generation)
-    return problems
+        problems += _check_generation(records, history.upto(generation), good, is_last=generation == history.generation)
+    return problems, good
 
 
 def _check_file(output: Output, entry: Entry, expected: Expected) -> Checked | str:

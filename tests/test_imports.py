@@ -32,11 +32,16 @@ LAYERS = [
     {"rounds"},
     {"actors"},  # what workers of a cluster do
     {"local", "cluster"},
-    {"losses", "finish", "session"},
+    {"derived", "judge"},  # partitions made from others; what a truth says of a row
+    {"losses", "finish", "session", "evaluate"},
     {"driver"},
     {"retrying"},
-    {"results", "verify", "progress", "catalogue", "supervise"},
+    {"results", "verify", "progress", "catalogue", "supervise", "vectors"},
+    {"embeddings"},
     {"report", "exports"},
+    {"index", "embed_image", "few_shot", "label_file"},
+    {"search", "duplicates", "thumbnails", "sheet", "linear_probe"},
+    {"ask"},  # commands on finished outputs
     {"cli"},
 ]
 WITHIN = {
@@ -49,20 +54,23 @@ HEAVY = {
     "torch": {"models", "decode", "preprocess", "outputs", "embed", "local", "probe"}
     | {"device", "graphs", "forward", "batch_size", "gpus"},
     "ray": {"cluster", "actors"},
-    "PIL": {"decode", "preprocess", "models", "outputs", "report", "exports"},
+    "PIL": {"decode", "preprocess", "models", "outputs", "report", "exports", "thumbnails", "judge"},
     "simplejpeg": {"decode"},
     "pyarrow": {"schema", "storage", "read", "outputs", "plan", "batch", "embed", "write", "commit", "cluster"}
     | {"results", "verify", "losses", "finish", "session", "forward", "apart", "actors"}
-    | {"generations", "retrying", "report", "exports", "vectors"},
+    | {"generations", "retrying", "report", "exports", "vectors"}
+    | {"embeddings", "duplicates", "evaluate", "judge", "label_file", "linear_probe"},
     "fsspec": {"storage"},
     "s3fs": {"storage"},
     "pydantic": {"job", "read", "outputs", "report"},
     "jinja2": {"report"},
     "umap": {"report"},
     "yaml": {"job"},
-    "safetensors": {"models"},
+    "safetensors": {"models", "linear_probe"},
     "huggingface_hub": {"models"},
     "lance": {"exports"},
+    "usearch": {"index"},
+    "sklearn": {"few_shot"},
     "transformers": set(),
     "torchvision": set(),
 }  # fmt: skip

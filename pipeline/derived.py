@@ -1,0 +1,60 @@
+"""Partitions made from another partition's rows, in the same output: where their records lie, which files are theirs.
+
+OUT/model=<name>/part-<index>-<id>.parquet   one for each part of the partition that it was made from
+OUT/_derived/<name>/                         its own _plan.parquet, _run.json, _manifest.parquet, _SUCCESS, ...
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Iterator, Mapping
+
+from pipeline.commit import PLAN, Output, is_visible, model_of
+from pipeline.generations import History, read_history
+from pipeline.plan import Plan
+from pipeline.storage import join
+
+FOLDER = "_derived"
+PLACE = re.compile(rf"{FOLDER}/([A-Za-z0-9][A-Za-z0-9._+-]*)/{re.escape(PLAN)}")
+
+
+def records_of(output: Output, name: str) -> Output:
+    """Where the records of one derived partition lie; its parts lie in `output` itself."""
+    return Output(output.store, join(output.uri, f"{FOLDER}/{name}"))
+
+
+def derived_names(files: Collection[str]) -> list[str]:
+    """Of everything that lies in an output, the derived partitions that have a plan."""
+    return sorted(match[1] for name in files if (match := PLACE.fullmatch(name)))
+
+
+def derived_plan(output: Output, name: str) -> Plan | None:
+    return records_of(output, name).stored_plan()
+
+
+def history_with(output: Output, plan: Plan, model: str | None, files: Collection[str]) -> History:
+    """The plans that `model` belongs to: the output's own and its later generations', or that of a derived partition of
+    this name. Raises RunMismatch for a later plan that is missing."""
+    if model is not None and model not in plan.identities and model in derived_names(files):
+        derived = derived_plan(output, model)
+        if derived is not None:
+            return History(derived)
+    return read_history(output, plan, files)
+
+
+def are_derived(files: Collection[str]) -> set[str]:
+    """The part files that belong to derived partitions, which have plans of their own."""
+    names = set(derived_names(files))
+    return {name for name in files if is_visible(name) and name.startswith("model=") and model_of(name) in names}
+
+
+def mirror_problems(plan: Plan, keys: Mapping[str, Mapping[str, list[str]]]) -> Iterator[str]:
+    """Where a derived part's rows are not those of the part that it was made from. keys: by file name and shard."""
+    for model, identity in plan.identities.items():
+        source = identity.get("source")
+        names = [] if source is None else plan.names[model]
+        for part, name in zip(plan.parts, names, strict=False):
+            assert source is not None
+            origin = f"model={source['model']}/part-{part.index:06d}-{part.id(source['identity'])}.parquet"
+            if name in keys and origin in keys and keys[name] != keys[origin]:
+                yield f"{name}: its keys are not those of {origin}, which it was made from"

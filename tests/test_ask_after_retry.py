@@ -1,0 +1,88 @@
+"""What retries added is indexed, found, grouped and judged with the rest; a probe leaves it, and says so."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+
+import pytest
+
+import pipeline
+from pipeline.cli import main
+from pipeline.commit import Output
+from pipeline.driver import run
+from pipeline.duplicates import duplicates
+from pipeline.errors import InputError
+from pipeline.evaluate import evaluate
+from pipeline.index import build, open_index
+from pipeline.linear_probe import probe
+from pipeline.results import open_results
+from pipeline.search import search
+from pipeline.thumbnails import for_sheet
+from pipeline.embeddings import open_vectors, part_index
+from pipeline.verify import verify
+from tests.small import jpeg, make_checkpoint
+from tests.test_retry import put, put_input, table_job
+
+
+@pytest.fixture(scope="module")
+def retried(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
+    """A table of 20 images, indexed when four were rejected; then two of them came back. The output, and a late key."""
+    root = str(tmp_path_factory.mktemp("retried"))
+    put_input(root)
+    job = table_job(root, make_checkpoint(Path(root) / "tiny"))
+    run(job, "local")
+    assert build(open_vectors(job.output.uri)).rows == 16
+    for number in (3, 7):
+        put(root, number, jpeg(5))  # the image that row 5 has
+    assert pipeline.retry(job.output.uri, runner="local").recovered == {"tiny": 2}
+    table = open_results(job.output.uri).to_table(columns=["key", "n"]).to_pylist()
+    return job.output.uri, next(row["key"] for row in table if row["n"] == 7)
+
+
+def test_the_index_gets_the_new_files_and_finds_their_rows(retried: tuple[str, str]) -> None:
+    uri, key = retried
+    vectors = open_vectors(uri)
+    place, query_D = vectors.vector(key)
+    early = search(vectors, query_D, 4)
+    assert early.how == "index" and len(early.not_indexed) == 3 and vectors.parts_left == 0
+    assert {part_index(number) for number in early.not_indexed} == {0, 1, 2}
+    built = build(vectors)
+    assert (built.rows, built.parts_added, built.generation) == (18, 3, 2)
+    found = search(vectors, query_D, 4)
+    assert found.hits == early.hits and not found.not_indexed
+    assert [hit.score for hit in found.hits[:3]] == pytest.approx([1, 1, 1], abs=1e-6) and place
+    index = open_index(vectors)
+    assert index and index.rows == 18
+
+
+def test_thumbnails_and_duplicates_of_retried_rows(retried: tuple[str, str], tmp_path: Path) -> None:
+    uri, key = retried
+    vectors = open_vectors(uri)
+    hits = search(vectors, vectors.vector(key)[1], 3).hits
+    assert len(for_sheet(vectors, hits)) == 3  # listed images, one of which the first run did not have
+    found = duplicates(vectors, str(tmp_path / "dups.parquet"), 0.9999999)
+    assert found.rows == 18 and found.largest >= 3
+
+
+def test_a_probe_labels_the_plans_rows_and_says_what_it_left(
+    retried: tuple[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    uri, late = retried
+    rows = sorted(open_results(uri).to_table(columns=["key", "n"]).to_pylist(), key=lambda row: row["n"])
+    path = tmp_path / "labels.csv"
+    with path.open("w", newline="") as file:
+        csv.writer(file).writerows([("key", "label"), *((row["key"], str(row["n"] % 2)) for row in rows)])
+    assert late in {row["key"] for row in rows}
+    made = probe(uri, str(path))
+    assert (made.rows, made.parts_now, made.parts_left, made.retried_files) == (16, 4, 0, 3)
+    assert verify(Output.at(uri)) == []
+    assert main(["probe", uri, "--labels", str(path)]) == 0
+    assert "rows that retries won, in 3 files" in capsys.readouterr().out
+
+
+def test_evaluation_counts_retried_rows(retried: tuple[str, str]) -> None:
+    uri, _ = retried
+    with pytest.raises(InputError, match="class 5 is not among"):
+        evaluate(uri, "n")  # the numbers of the images, of which the model has five classes
+    assert main(["evaluate", uri, "--truth", "n"]) == 2
