@@ -249,8 +249,18 @@ def _watch(process: subprocess.Popen[str], started_s: float) -> tuple[float, flo
     return wall_s, cpu_s, "".join(words)
 
 
+def _driver(pid: int) -> int:
+    """Of a local job, whose command is a small supervisor, the process below it that works: its fork."""
+    command = Path(f"/proc/{pid}/cmdline").read_bytes()
+    for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split():
+        with suppress(OSError):
+            if Path(f"/proc/{child}/cmdline").read_bytes() == command != b"":
+                return int(child)
+    return pid
+
+
 def _cpu_s(pid: int) -> float:
-    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    fields = Path(f"/proc/{_driver(pid)}/stat").read_text().rpartition(")")[2].split()
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
@@ -258,7 +268,7 @@ class _Memory:
     """Looks at a process's largest memory until it ends. Not `ru_maxrss`: that begins with ours, when it is forked."""
 
     def __init__(self, pid: int) -> None:
-        self.status, self.peak_kb = Path(f"/proc/{pid}/status"), 0
+        self.pid, self.peak_kb = pid, 0
         self.thread = threading.Thread(target=self._run, daemon=True)
         self.thread.start()
 
@@ -268,8 +278,10 @@ class _Memory:
 
     def _run(self) -> None:
         with suppress(OSError):
-            while found := re.search(r"VmHWM:\s+(\d+)", self.status.read_text()):
-                self.peak_kb = int(found[1])
+            while re.search(r"VmHWM:", Path(f"/proc/{self.pid}/status").read_text()):
+                with suppress(OSError):  # the driver ends before its supervisor
+                    found = re.search(r"VmHWM:\s+(\d+)", Path(f"/proc/{_driver(self.pid)}/status").read_text())
+                    self.peak_kb = max(self.peak_kb, int(found[1]) if found else 0)
                 time.sleep(0.02)
 
 

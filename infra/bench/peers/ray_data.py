@@ -31,7 +31,7 @@ def image(item: Any) -> Image.Image:
 
 
 def main(job: dict[str, Any]) -> None:
-    ray.init(num_cpus=job["cores"], include_dashboard=False)
+    ray.init("local", num_cpus=job["cores"], include_dashboard=False)  # not what `ray start` left on this machine
     ray.data.DataContext.get_current().enable_progress_bars = False
     images = ray.data.read_webdataset(
         job["shards"], decoder=True if job["decode"] == "reader" else None, override_num_blocks=len(job["shards"])
