@@ -92,8 +92,8 @@ def _example(parser: argparse.ArgumentParser, text: str) -> None:
 
 
 def _index(arguments: argparse.Namespace) -> int:
-    from pipeline.index import build
     from pipeline.embeddings import open_vectors
+    from pipeline.index import build
 
     built = build(open_vectors(arguments.uri, arguments.model, arguments.column), arguments.to)
     if arguments.json:
@@ -107,8 +107,8 @@ def _index(arguments: argparse.Namespace) -> int:
 
 
 def _search(arguments: argparse.Namespace) -> int:
-    from pipeline.search import search
     from pipeline.embeddings import open_vectors
+    from pipeline.search import search
 
     vectors = open_vectors(arguments.uri, arguments.model, arguments.column)
     own = -1

@@ -18,10 +18,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.commit import Output
+from pipeline.embeddings import PART_SHIFT, Block, Floats, Vectors
 from pipeline.errors import InputError
 from pipeline.index import Index, open_index
 from pipeline.storage import resolve
-from pipeline.embeddings import PART_SHIFT, Block, Floats, Vectors
 
 BLOCK_BYTES = 128 << 20  # of vectors that are compared with all that come after them
 MOST_EXACT_ROWS = 400_000  # beyond, somebody has to say that they want to wait

@@ -12,10 +12,10 @@ from typing import Any
 
 from pipeline.batch import Batch, Failed, Work
 from pipeline.embed import Embedder, Preparer
+from pipeline.embeddings import Floats, Vectors, unit_vectors
 from pipeline.errors import CheckpointError, InputError, NotFound, RunMismatch
 from pipeline.job import JobSpec, ModelJob, differences, identity, parse_job
 from pipeline.schema import Row
-from pipeline.embeddings import Floats, Vectors, unit_vectors
 
 
 def embed_image(vectors: Vectors, image: str, checkpoint: str | None = None) -> Floats:

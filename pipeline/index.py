@@ -22,10 +22,10 @@ from typing import Any
 import numpy as np
 
 from pipeline.commit import Output, is_sealed, seal
+from pipeline.embeddings import Floats, Nearest, Vectors
 from pipeline.errors import MissingDependency, NotFound, RunMismatch, StorageError
 from pipeline.storage import join
 from pipeline.storage.entry import scheme_of
-from pipeline.embeddings import Floats, Nearest, Vectors
 
 MANIFEST = re.compile(r"manifest-(\d{6,})\.json")
 SEGMENT_BYTES = 512 << 20  # of vectors and graph, about; then the next segment begins

@@ -17,10 +17,10 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from pipeline.embeddings import Floats, Vectors
 from pipeline.errors import InputError, NotFound, nearest
 from pipeline.results import read_rejects
 from pipeline.storage import Store
-from pipeline.embeddings import Floats, Vectors
 
 LEAST_PER_CLASS = 3  # to fit on two and look at the third
 COLUMNS = ("key", "label", "shard")

@@ -27,6 +27,7 @@ from safetensors.numpy import load, save
 from pipeline.batch import Embedded
 from pipeline.commit import MANIFEST, REJECTS, Output, parse_footer
 from pipeline.derived import are_derived, records_of
+from pipeline.embeddings import Vectors, open_vectors, unit_vectors
 from pipeline.errors import InputError, NotFound, RunMismatch, StorageError
 from pipeline.few_shot import Classifier, Report, fit
 from pipeline.finish import Counting, encode_manifest
@@ -36,7 +37,6 @@ from pipeline.outputs.labels import LABEL, LABELS
 from pipeline.plan import Plan
 from pipeline.schema import RESERVED_COLUMNS, Part, Reject
 from pipeline.storage import join
-from pipeline.embeddings import Vectors, open_vectors, unit_vectors
 from pipeline.write import encode_part
 
 PROBE_VERSION = 1  # raised by hand when the same labels would give other numbers

@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from pipeline.embeddings import PART_SHIFT, Floats, Found, Nearest, Vectors
 from pipeline.errors import InputError
 from pipeline.index import Index, open_index
-from pipeline.embeddings import PART_SHIFT, Floats, Found, Nearest, Vectors
 
 MOST_HITS = 10_000
 

@@ -6,8 +6,8 @@ import base64
 import html
 from collections.abc import Mapping, Sequence
 
-from pipeline.errors import printable
 from pipeline.embeddings import Found
+from pipeline.errors import printable
 
 PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">

@@ -16,12 +16,12 @@ from PIL import Image
 
 from pipeline.decode import DecodePolicy, decode
 from pipeline.embed_image import recorded_job
+from pipeline.embeddings import Found, Vectors, part_index
 from pipeline.errors import Img2ParquetError
 from pipeline.job import JobSpec
 from pipeline.read import read_part
 from pipeline.schema import Bad, Part, Piece, Pixels, Row
 from pipeline.storage import Store
-from pipeline.embeddings import Found, Vectors, part_index
 
 MOST_BYTES = 512 << 20  # of images that are read on the way to those that are wanted
 MOST_SECONDS = 60.0

@@ -12,6 +12,7 @@ from pipeline.cli import main
 from pipeline.commit import Output
 from pipeline.driver import run
 from pipeline.duplicates import duplicates
+from pipeline.embeddings import open_vectors, part_index
 from pipeline.errors import InputError
 from pipeline.evaluate import evaluate
 from pipeline.index import build, open_index
@@ -19,7 +20,6 @@ from pipeline.linear_probe import probe
 from pipeline.results import open_results
 from pipeline.search import search
 from pipeline.thumbnails import for_sheet
-from pipeline.embeddings import open_vectors, part_index
 from pipeline.verify import verify
 from tests.small import jpeg, make_checkpoint
 from tests.test_retry import put, put_input, table_job

@@ -13,9 +13,9 @@ import pytest
 from pipeline import duplicates as module
 from pipeline.cli import main
 from pipeline.duplicates import duplicates
+from pipeline.embeddings import open_vectors
 from pipeline.errors import InputError
 from pipeline.index import build
-from pipeline.embeddings import open_vectors
 from tests.finished import make_output, rows_of
 
 IDENTITY = {"outputs": [{"kind": "embedding", "name": "embedding"}]}

@@ -10,11 +10,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from pipeline.embeddings import open_vectors
 from pipeline.errors import InputError, MissingDependency, RunMismatch, StorageError
 from pipeline.index import _grow, build, open_index
 from pipeline.search import search
 from pipeline.storage import Store, join
-from pipeline.embeddings import open_vectors
 from tests.finished import copy_of, part_paths, rows_of, small_run
 
 

@@ -14,11 +14,11 @@ import pytest
 
 from pipeline.cli import main
 from pipeline.embed_image import embed_image
+from pipeline.embeddings import Found, Nearest, open_vectors
 from pipeline.errors import CheckpointError, InputError
 from pipeline.search import search
 from pipeline.sheet import sheet
 from pipeline.thumbnails import for_sheet
-from pipeline.embeddings import Found, Nearest, open_vectors
 from tests.finished import copy_of, part_paths, rows_of, small_run
 from tests.small import make_checkpoint
 
