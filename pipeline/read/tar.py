@@ -206,7 +206,7 @@ def parse_header(block: bytes) -> Header | None:
         return None
     claimed, size_bytes = parse_number(block[148:156]), parse_number(block[124:136])
     unsigned = sum(block) - sum(block[148:156]) + 8 * ord(" ")
-    if claimed is None or size_bytes is None or claimed not in (unsigned, _signed(block, unsigned)):
+    if claimed is None or size_bytes is None or (claimed != unsigned and claimed != _signed(block, unsigned)):
         return None
     name, prefix = block[:100].split(b"\0", 1)[0], block[345:500].split(b"\0", 1)[0]
     if prefix and block[MAGIC_AT : MAGIC_AT + 6] == b"ustar\0":
@@ -250,14 +250,22 @@ def _used(records: Mapping[str, bytes]) -> dict[str, bytes]:
 
 
 def find_header(data: bytes, aligned: bool = False) -> int | None:
-    """Where the first valid ustar header in `data` begins."""
-    at = data.find(MAGIC, MAGIC_AT)
-    while at >= 0:
-        begin = at - MAGIC_AT
-        if not (aligned and begin % BLOCK) and parse_header(data[begin : begin + BLOCK]) is not None:
-            return begin
-        at = data.find(MAGIC, at + 1)
-    return None
+    """Where the first valid ustar header in `data` begins; `aligned`: of those at whole blocks."""
+    return next((at for at in _magic(data, aligned) if parse_header(data[at : at + BLOCK]) is not None), None)
+
+
+def _magic(data: bytes, aligned: bool) -> Iterator[int]:
+    """Where a header would have to begin, by the word in it. Every body is looked through, so of aligned ones one byte
+    a block is read."""
+    if not aligned:
+        yield from (match.start() - MAGIC_AT for match in re.finditer(MAGIC, data) if match.start() >= MAGIC_AT)
+        return
+    marks = data[MAGIC_AT::BLOCK]
+    block = marks.find(MAGIC[:1])
+    while block >= 0:
+        if data.startswith(MAGIC, block * BLOCK + MAGIC_AT):
+            yield block * BLOCK
+        block = marks.find(MAGIC[:1], block + 1)
 
 
 def _kind(header: Header, records: Mapping[str, bytes], name: str) -> Literal["file", "link", "sparse", "other"]:
