@@ -25,7 +25,7 @@ import ray
 from pipeline import flight
 from pipeline.apart import Apart, ReadApart
 from pipeline.batch import Batch, Embedded, Failed, Prepared, Work, cut
-from pipeline.embed import Embedder, Preparer
+from pipeline.embed import Embedder, Preparer, keep_freed_memory
 from pipeline.meter import Idle
 from pipeline.read import Source
 from pipeline.schema import Part
@@ -53,6 +53,7 @@ class Read:
 
     def __call__(self, table: pa.Table) -> Iterator[pa.Table]:
         work: Work = ray.get(self.work)
+        keep_freed_memory()
         with closing(ReadApart(work)) as apart:
             for payload in table.column("payload"):
                 part: Part = pickle.loads(payload.as_buffer())
@@ -98,8 +99,10 @@ class Step:
 
 
 def row(item: object) -> pa.Table:
-    """A block's only row: one whole item, pickled, so that blocks may be cut and merged."""
-    return pa.table({"payload": pa.array([pickle.dumps(item, protocol=5)], pa.large_binary())})
+    """A block's only row: one whole item, pickled, so that blocks may be cut and merged. The pickle is not copied."""
+    data = pickle.dumps(item, protocol=5)
+    ends = pa.array([0, len(data)], pa.int64()).buffers()[1]
+    return pa.table({"payload": pa.Array.from_buffers(pa.large_binary(), 1, [None, ends, pa.py_buffer(data)])})
 
 
 def _is_restarted() -> bool:
