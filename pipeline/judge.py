@@ -178,7 +178,7 @@ def _of_labels(said: pa.Array) -> Iterator[tuple[list[int], list[float]]]:
 
 def _of_logits(said: pa.Array) -> Iterator[tuple[list[int], list[float]]]:
     """The five best of each row and their softmax scores; of equal ones the lower id is first."""
-    logits_BK = said.flatten().to_numpy(zero_copy_only=False).reshape(len(said), -1).astype(np.float64)
+    logits_BK = said.flatten().to_numpy(zero_copy_only=False).reshape(len(said), said.type.list_size).astype(np.float64)
     for logits_K in logits_BK:
         ids = np.argsort(-logits_K, kind="stable")[:5]
         exp_K = np.exp(logits_K - logits_K.max())

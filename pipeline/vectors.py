@@ -50,14 +50,19 @@ def is_vector(field: pa.Field) -> bool:
     """Whether each row is one vector: not a map of pixels, patches or counts."""
     if not pa.types.is_fixed_size_list(field.type):
         return False
-    shape = json.loads((field.metadata or {}).get(b"shape", b"[]"))
     encoded = b"encoding" in (field.metadata or {})
-    return len(shape) == 1 and (encoded or pa.types.is_floating(field.type.value_type))
+    return len(_shape(field)) == 1 and (encoded or pa.types.is_floating(field.type.value_type))
 
 
 def length(field: pa.Field) -> int:
     """D: how many values the vector has, whatever they are stored as."""
-    return int(json.loads(field.metadata[b"shape"])[0])
+    return int(_shape(field)[0])
+
+
+def _shape(field: pa.Field) -> list[int]:
+    """As its metadata has it; a list of another writer, without any, is one vector a row."""
+    shape: list[int] = json.loads((field.metadata or {}).get(b"shape", b"null")) or [field.type.list_size]
+    return shape
 
 
 def _chunks(column: pa.ChunkedArray, field: pa.Field) -> list[pa.Array]:

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -171,6 +172,15 @@ def test_a_wish_that_comes_twice_at_once_counts_once() -> None:
         assert signals.came == signal.SIGTERM and signals.exit_code == 143
 
 
+@pytest.fixture
+def _a_terminal() -> Iterator[None]:
+    """A shell's background job ignores Ctrl-C, and so would this process."""
+    at_start = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, at_start)
+
+
+@pytest.mark.usefixtures("_a_terminal")
 def test_handlers_are_as_before_and_nothing_is_heard_outside_the_main_thread() -> None:
     before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
     with Signals() as signals:
