@@ -16,6 +16,7 @@ import numpy.typing as npt
 import pyarrow as pa
 from PIL import Image
 
+from pipeline.outputs.segmentation import class_ids
 from pipeline.outputs.truth import IGNORED, Place, class_id, class_map
 
 BINS = 15
@@ -191,29 +192,7 @@ def read_mask(value: Any) -> Ints:
         with Image.open(io.BytesIO(value)) as image:
             ids_HW: Ints = np.asarray(image).astype(np.int64)
             return ids_HW
-    height, width = value[0]["size"]
-    flat = np.zeros(height * width, np.int64)
-    for runs in value:
-        stops = np.cumsum(coco_counts(runs["counts"]))
-        for start, stop in zip(stops[0::2], stops[1::2], strict=False):
-            flat[start:stop] = runs["id"]
-    return flat.reshape(width, height).T
-
-
-def coco_counts(text: str) -> list[int]:
-    """COCO's compressed text to run lengths: what `outputs.segmentation.coco_string` writes."""
-    counts: list[int] = []
-    value = shift = 0
-    for letter in text.encode("ascii"):
-        bits = letter - 48
-        value |= (bits & 31) << shift
-        shift += 5
-        if not bits & 32:
-            if bits & 16:
-                value -= 1 << shift
-            counts.append(value + (counts[-2] if len(counts) > 2 else 0))
-            value = shift = 0
-    return counts
+    return class_ids(value, nowhere=0)
 
 
 def _as_large(ids_HW: Ints, shape: tuple[int, ...]) -> Ints:

@@ -15,8 +15,9 @@ import numpy.typing as npt
 from PIL import Image
 
 from pipeline.exports.source import class_names
+from pipeline.outputs.segmentation import class_ids
 
-__all__ = ["Box", "Ids", "Region", "box", "class_map", "class_names", "coco_counts", "regions", "runs"]
+__all__ = ["Box", "Ids", "Region", "box", "class_map", "class_names", "regions", "runs"]
 Ids = npt.NDArray[np.integer[Any]]
 Region = npt.NDArray[np.bool_]
 NOWHERE = -1  # a pixel of no class
@@ -38,7 +39,12 @@ class Box:
 
 def class_map(stored: bytes | Sequence[dict[str, Any]], height: int, width: int) -> Ids:
     """(H, W) class ids. A mask of the model's own size is enlarged, each pixel the nearest of the mask."""
-    ids_hw = _of_png(stored) if isinstance(stored, bytes) else _of_runs(stored, height, width)
+    if isinstance(stored, bytes):
+        ids_hw: Ids = _of_png(stored)
+    elif stored:
+        ids_hw = class_ids(stored, NOWHERE)
+    else:
+        return np.full((height, width), NOWHERE)
     if ids_hw.shape == (height, width):
         return ids_hw
     image = Image.fromarray(ids_hw.astype(np.int32)).resize((width, height), Image.Resampling.NEAREST)
@@ -66,32 +72,6 @@ def runs(flat_N: npt.NDArray[Any]) -> npt.NDArray[np.int64]:
     return np.concatenate([[0], counts]) if len(flat_N) and flat_N[0] else counts
 
 
-def coco_counts(text: str) -> npt.NDArray[np.int64]:
-    """COCO's compressed text to run lengths: the inverse of `outputs.segmentation.coco_string`."""
-    counts: list[int] = []
-    value = shift = 0
-    for letter in text.encode("ascii"):
-        bits = letter - 48
-        value |= (bits & 31) << shift
-        shift += 5
-        if not bits & 32:
-            if bits & 16:
-                value -= 1 << shift
-            counts.append(value + counts[-2] if len(counts) > 2 else value)
-            value = shift = 0
-    return np.array(counts, np.int64)
-
-
 def _of_png(data: bytes) -> Ids:
     with Image.open(io.BytesIO(data)) as image:
         return np.asarray(image).astype(np.int32)
-
-
-def _of_runs(entries: Sequence[dict[str, Any]], height: int, width: int) -> Ids:
-    h, w = entries[0]["size"] if entries else (height, width)
-    flat_N = np.full(h * w, NOWHERE, np.int32)
-    for entry in entries:
-        counts = coco_counts(entry["counts"])
-        inside = np.repeat(np.arange(len(counts)) % 2 == 1, counts)
-        flat_N[: len(inside)][inside] = entry["id"]
-    return flat_N.reshape(w, h).T  # columns first

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -165,6 +165,33 @@ def coco_string(counts: npt.NDArray[np.integer[Any]]) -> str:
             more = value != (-1 if low & 16 else 0)
             text.append(48 + low + 32 * more)
     return text.decode("ascii")
+
+
+def coco_counts(text: str) -> npt.NDArray[np.int64]:
+    """COCO's text to run lengths: the inverse of `coco_string`."""
+    counts: list[int] = []
+    value = shift = 0
+    for letter in text.encode("ascii"):
+        bits = letter - 48
+        value |= (bits & 31) << shift
+        shift += 5
+        if not bits & 32:
+            if bits & 16:
+                value -= 1 << shift
+            counts.append(value + counts[-2] if len(counts) > 2 else value)
+            value = shift = 0
+    return np.array(counts, np.int64)
+
+
+def class_ids(runs: Sequence[Mapping[str, Any]], nowhere: int = -1) -> npt.NDArray[np.int64]:
+    """Run lengths of each class to (H, W): the inverse of `coco_runs`. `nowhere`: the id of pixels of no class."""
+    height, width = runs[0]["size"]
+    flat_N = np.full(height * width, nowhere, np.int64)
+    for run in runs:
+        edges = np.cumsum(coco_counts(run["counts"]))
+        for start, stop in zip(edges[0::2], edges[1::2], strict=False):
+            flat_N[start:stop] = run["id"]
+    return flat_N.reshape(width, height).T
 
 
 def class_names(card: Card) -> tuple[str, ...]:

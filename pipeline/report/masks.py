@@ -13,6 +13,8 @@ import numpy.typing as npt
 import pyarrow as pa
 from PIL import Image
 
+from pipeline.outputs.segmentation import class_ids
+
 MOST_PIXELS = 64_000_000
 # Okabe and Ito's colours and neighbours of them: told apart by most eyes, on light and on dark
 COLOURS = (
@@ -52,28 +54,7 @@ def _from_runs(runs: list[dict[str, Any]]) -> npt.NDArray[np.int64] | None:
     height, width = runs[0]["size"]
     if not 0 < height * width <= MOST_PIXELS:
         return None
-    flat = np.full(height * width, -1, np.int64)
-    for run in runs:
-        edges = np.cumsum(counts_of(run["counts"]))
-        for start, stop in zip(edges[0::2], edges[1::2], strict=False):
-            flat[start:stop] = run["id"]
-    return np.ascontiguousarray(flat.reshape(width, height).T)
-
-
-def counts_of(text: str) -> list[int]:
-    """COCO's compressed text -> run lengths: the reverse of outputs/segmentation.py's `coco_string`."""
-    counts: list[int] = []
-    at = 0
-    while at < len(text):
-        value, shift, more = 0, 0, True
-        while more:
-            letter = ord(text[at]) - 48
-            value |= (letter & 31) << shift
-            more, at, shift = bool(letter & 32), at + 1, shift + 5
-            if not more and letter & 16:
-                value |= -1 << shift
-        counts.append(value + counts[-2] if len(counts) > 2 else value)
-    return counts
+    return np.ascontiguousarray(class_ids(runs))
 
 
 def coloured(ids_HW: npt.NDArray[np.int64], longer_px: int) -> bytes:

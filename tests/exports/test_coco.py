@@ -14,9 +14,9 @@ from pycocotools.coco import COCO
 
 import pipeline
 from pipeline.errors import InputError, UserError
-from pipeline.exports.masks import class_map, coco_counts
+from pipeline.exports.masks import class_map
 from pipeline.exports.polygons import polygons
-from pipeline.outputs.segmentation import coco_runs
+from pipeline.outputs.segmentation import coco_counts, coco_runs
 from tests.exports.conftest import HOSTILE
 
 
