@@ -8,7 +8,7 @@ import os
 import sys
 import traceback
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -152,33 +152,24 @@ def _add_job(parser: argparse.ArgumentParser) -> None:
 def _run(arguments: argparse.Namespace) -> int:
     from pipeline.driver import run
     from pipeline.job import load_job
-    from pipeline.progress import Progress
 
-    progress = Progress()
-    try:
-        summary = run(
+    def job(progress: Callable[[Any], None]) -> Any:
+        return run(
             load_job(arguments.job, arguments.set),
             arguments.runner,
             address=arguments.address,
             signals=arguments.signals,
             on_change=progress,
         )
-    finally:
-        progress.close()
-    if arguments.json:
-        print(_json_line(summary.__dict__))
-    else:
-        print_summary(summary)
-    return DONE
+
+    return _watched(job, arguments, print_summary)
 
 
 def _retry(arguments: argparse.Namespace) -> int:
-    from pipeline.progress import Progress
     from pipeline.retrying import retry
 
-    progress = Progress()
-    try:
-        summary = retry(
+    def job(progress: Callable[[Any], None]) -> Any:
+        return retry(
             arguments.uri,
             arguments.reason,
             arguments.runner,
@@ -187,12 +178,23 @@ def _retry(arguments: argparse.Namespace) -> int:
             signals=arguments.signals,
             on_change=progress,
         )
+
+    return _watched(job, arguments, print_retry)
+
+
+def _watched(job: Callable[[Any], Any], arguments: argparse.Namespace, tell: Callable[[Any], None]) -> int:
+    """A job with its progress on the terminal, then what came of it: as one line of JSON, or told."""
+    from pipeline.progress import Progress
+
+    progress = Progress()
+    try:
+        summary = job(progress)
     finally:
         progress.close()
     if arguments.json:
         print(_json_line(summary.__dict__))
     else:
-        print_retry(summary)
+        tell(summary)
     return DONE
 
 
