@@ -36,6 +36,7 @@ from tests.chaos.drivers import Blow, Driver
 from tests.chaos.forks import result_of
 from tests.chaos.plans import STEPS
 from tests.chaos.reader import Reader
+from tests.chaos.runs import wait_for
 from tests.chaos.stores import BUCKET, Server
 from tests.small import job_dict, jpeg, make_checkpoint
 
@@ -165,7 +166,7 @@ def _one(bed: Bed, waves: Sequence[Wave], place: Path, server: Server | None) ->
                 Driver.doing(lambda _: retry(uri, runner="local"), blow, place / f"{number}-{n}.log")
                 for n, blow in enumerate(wave)
             ]
-            _wait(drivers)
+            wait_for(drivers, LIMIT_S)
             for driver in drivers:
                 if driver.code == -9 and driver.blow:
                     killed += 1
@@ -174,19 +175,6 @@ def _one(bed: Bed, waves: Sequence[Wave], place: Path, server: Server | None) ->
     finally:
         problems += reader.stop().problems
     return problems + result_of(lambda: _wrong(bed, uri)), killed
-
-
-def _wait(drivers: Sequence[Driver]) -> None:
-    deadline = time.monotonic() + LIMIT_S
-    while any(driver.code is None for driver in drivers):
-        for driver in drivers:
-            if driver.code is None:
-                driver.look()
-        if time.monotonic() > deadline:
-            for driver in drivers:
-                driver.end()
-            return
-        time.sleep(0.002)
 
 
 def _wrong(bed: Bed, uri: str) -> list[str]:

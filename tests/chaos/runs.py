@@ -95,19 +95,19 @@ def _wave(plan: Plan, bed: Bed, place: Place, blows: Sequence[Blow | None], name
         return Driver.start(document, blow, place.folder / f"{name}-{number}.log", careful=plan.careful)
 
     first = [start(n, blow) for n, blow in enumerate(blows) if blow and blow.what == "stop"]
-    _wait(first)
+    wait_for(first)
     others = [start(n, blow) for n, blow in enumerate(blows) if not blow or blow.what != "stop"]
-    _wait(others)
+    wait_for(others)
     for driver in first:
         if driver.is_stopped:
             driver.go_on()
-    _wait(first)
+    wait_for(first)
     return first + others
 
 
-def _wait(drivers: Sequence[Driver]) -> None:
+def wait_for(drivers: Sequence[Driver], limit_s: float = LIMIT_S) -> None:
     """Until each has ended or is stopped. One that does neither is killed, and has no code."""
-    deadline = time.monotonic() + LIMIT_S
+    deadline = time.monotonic() + limit_s
     while any(driver.code is None and not driver.is_stopped for driver in drivers):
         for driver in drivers:
             if driver.code is None and not driver.is_stopped:

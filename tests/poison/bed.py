@@ -97,6 +97,18 @@ def run(
     return Ran(process.returncode, said, len(list((folder / f"{out}-marks").iterdir())))
 
 
+def run_beside_undisturbed(
+    folder: Path, checkpoint: Path, monkeypatch: pytest.MonkeyPatch, runner: str, poison: Poison, **environment: str
+) -> Ran:
+    """The command, into `out`: it ends well and leaves the bytes of the undisturbed run, whose `environment` is."""
+    make_shards(folder / "in", poison)
+    run_undisturbed(folder, checkpoint, monkeypatch, poison, **environment)
+    ran = run(folder, checkpoint, "out", runner, poison)
+    assert ran.code == 0, ran.said
+    same_files(folder, "out", "quiet")
+    return ran
+
+
 @contextmanager
 def started(
     folder: Path, checkpoint: Path, out: str, runner: str, poison: Poison, **environment: str

@@ -6,8 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.poison.bed import PER_SHARD, expected, make_shards, rejected, run, run_undisturbed, same_files, told_of_read
-from tests.small import make_checkpoint
+from tests.poison.bed import PER_SHARD, expected, rejected, run_beside_undisturbed, told_of_read
 
 pytestmark = pytest.mark.slow
 CASES = {  # half a minute each; the local runner has every kind alone
@@ -19,21 +18,12 @@ CASES = {  # half a minute each; the local runner has every kind alone
 }
 
 
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_checkpoint(tmp_path_factory.mktemp("model"))
-
-
 @pytest.mark.parametrize("poison", CASES.values(), ids=CASES.keys())
 def test_the_culprits_are_rejected_and_nothing_else_changes(
     poison: dict[tuple[int, int], str], tmp_path: Path, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    make_shards(tmp_path / "in", poison)
-    run_undisturbed(tmp_path, checkpoint, monkeypatch, poison)
-    ran = run(tmp_path, checkpoint, "out", "ray", poison)
-    assert ran.code == 0, ran.said
+    ran = run_beside_undisturbed(tmp_path, checkpoint, monkeypatch, "ray", poison)
     assert rejected(tmp_path, "out") == expected(poison)
-    same_files(tmp_path, "out", "quiet")
     # an actor once, then twice apart; embedding: the batch, its halves, then the row
     assert 3 <= ran.attempts <= 6 * len(poison)
 
@@ -41,11 +31,7 @@ def test_the_culprits_are_rejected_and_nothing_else_changes(
 def test_a_shard_that_kills_its_reader_is_read_as_far_as_it_goes(
     tmp_path: Path, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    poison = {(1, 7): "read-segv"}
-    make_shards(tmp_path / "in", poison)
-    run_undisturbed(tmp_path, checkpoint, monkeypatch, poison, POISON_READ=told_of_read(1, 7, "SIGSEGV"))
-    ran = run(tmp_path, checkpoint, "out", "ray", poison)
-    assert ran.code == 0, ran.said
+    poison, told = {(1, 7): "read-segv"}, told_of_read(1, 7, "SIGSEGV")
+    ran = run_beside_undisturbed(tmp_path, checkpoint, monkeypatch, "ray", poison, POISON_READ=told)
     assert rejected(tmp_path, "out") == [("row 7", "read", "worker_died")]
-    same_files(tmp_path, "out", "quiet")
     assert ran.attempts == 3  # its task, then twice apart
