@@ -14,6 +14,8 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from pipeline.vectors import decode_vectors
+
 Float = npt.NDArray[np.float32]
 Flags = npt.NDArray[np.bool_]
 NEAR_DUPLICATE = 0.98  # cosine similarity
@@ -37,8 +39,11 @@ class Likeness:
     not_finite: int
 
 
-def vectors(column: pa.ChunkedArray) -> Float:
-    """A fixed-size-list column -> (N, D) float32; other lists as far as they have one length."""
+def vectors(column: pa.ChunkedArray, field: pa.Field | None = None) -> Float:
+    """A fixed-size-list column -> (N, D) float32; other lists as far as they have one length. Of a `field` that says
+    how its values are encoded, what they stand for: bits and 8-bit steps are no numbers to compare."""
+    if field is not None and b"encoding" in (field.metadata or {}):
+        return decode_vectors(column, field)[:, :MOST_WIDTH].astype(np.float32, copy=False)
     array = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
     flat = array.flatten().to_numpy(zero_copy_only=False).astype(np.float32)
     rows_ND: Float = flat.reshape(len(array), -1)[:, :MOST_WIDTH]

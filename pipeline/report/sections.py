@@ -117,7 +117,8 @@ def _section(account: Account, sample: Sample, truth: str | None) -> Section:
         section.judged = judge(section.predictions, section.truths)
     _group(section)
     if sample.columns.embedding in sample.table.column_names:
-        section.likeness = likeness(vectors(sample.table[sample.columns.embedding]), section.groups, SEED)
+        field = sample.table.schema.field(sample.columns.embedding)
+        section.likeness = likeness(vectors(sample.table[field.name], field), section.groups, SEED)
     _look_at_masks(section)
     section.galleries = list(_galleries(section))
     return section

@@ -13,18 +13,24 @@ import pytest
 import pipeline.report.find as finding
 import pipeline.report.sample as sampling
 from pipeline.commit import Output
+from pipeline.driver import run
 from pipeline.errors import PartFailed
 from pipeline.generations import History
+from pipeline.job import parse_job
 from pipeline.plan import Plan
 from pipeline.read import SOURCES, PartLimits, read_part
 from pipeline.report.account import Account, read_account
 from pipeline.report.find import find, open_source
 from pipeline.report.sample import read_samples
+from pipeline.report.sections import show
 from pipeline.report.thumbs import LARGE_PX, thumb
+from pipeline.results import open_results
 from pipeline.schema import Part, Row
 from pipeline.storage import Store
+from pipeline.vectors import decode_vectors
 from tests.read.broken_shards import jpeg
 from tests.read.sources import ROWS, make_source, put_input
+from tests.small import job_dict, make_checkpoint, make_shards
 from tests.small import jpeg as small_jpeg
 
 
@@ -126,3 +132,21 @@ def test_thumbnails_are_small_and_keep_their_shape() -> None:
     assert thumb(b"<html>", LARGE_PX) is None
     half = small_jpeg(1)[:1500]
     assert thumb(half, LARGE_PX) is None and thumb(half, LARGE_PX, salvage=True) is not None
+
+
+@pytest.mark.parametrize("dtype", ["int8", "binary"])
+def test_encoded_embeddings_are_compared_as_what_they_stand_for(dtype: str, tmp_path: Path) -> None:
+    made, uri = make_checkpoint(tmp_path), str(tmp_path / "out")
+    make_shards(tmp_path / "in", broken=False)
+    document = job_dict(f"{tmp_path}/in/*.tar", made, uri)
+    document["models"][0]["outputs"] = [{"kind": "embedding", "normalize": "l2", "dtype": dtype}]
+    run(parse_job(document), "local")
+    account = read_account(uri, {})
+    (section,) = show(account, read_samples(account, 50, None), None).sections
+    table = open_results(uri, "tiny").to_table()
+    decoded_ND = decode_vectors(table["embedding"], table.schema.field("embedding"))
+    assert section.likeness is not None and section.likeness.width == decoded_ND.shape[1]
+    for row, other, cosine in section.likeness.pairs:
+        keys = section.sample.table["key"]
+        first, second = (table["key"].to_pylist().index(keys[place].as_py()) for place in (row, other))
+        assert cosine == pytest.approx(float(decoded_ND[first] @ decoded_ND[second]), abs=1e-3)
