@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 
 from pipeline.commit import Output, is_sealed, seal
-from pipeline.embeddings import Floats, Nearest, Vectors
+from pipeline.embeddings import Floats, Nearest, Places, Vectors
 from pipeline.errors import MissingDependency, NotFound, RunMismatch, StorageError
 from pipeline.outputs.embedding import unit_length
 from pipeline.storage import join
@@ -174,8 +174,14 @@ def _by_comparing(graph: Any, query_QD: Floats, k: int) -> list[list[int]]:
     best, places_N = Nearest(query_QD, k), np.sort(np.asarray(graph.keys))
     for first in range(0, len(places_N), EXACT_BLOCK):
         places_B = places_N[first : first + EXACT_BLOCK]
-        best.add(unit_length(np.vstack(graph.get(places_B)).astype(np.float32)), places_B)
+        best.add(held(graph, places_B), places_B)
     return [places.tolist() for places in best.places]
+
+
+def held(graph: Any, places_B: Places) -> Floats:
+    """(B, D) unit vectors at these places, as the graph holds them: rounded to half precision, but given in float32."""
+    unit_BD: Floats = unit_length(np.vstack(graph.get(places_B)).astype(np.float32)).astype(np.float32, copy=False)
+    return unit_BD
 
 
 def _by_graph(graph: Any, query_QD: Floats, k: int) -> list[list[int]]:
