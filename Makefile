@@ -3,6 +3,9 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+TEST_PROCESSES ?= 2
+# each takes a run of tests that lie together, so that a file's fixtures are mostly made once; who is idle takes over some
+PYTEST := $(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist worksteal
 
 .PHONY: help demo test browser check check-style chaos fuzz bounds bench bench-gpu parity s3 clean
 help:  ## what can be made
@@ -17,14 +20,14 @@ demo: $(STAMP)  ## label and embed real photographs on this machine, offline (un
 	@$(BIN)/python infra/demo/demo.py
 
 test: $(STAMP)  ## every test that needs no other program
-	$(BIN)/python -m pytest -m "not realstore and not browser"
+	$(PYTEST) -m "not realstore and not browser"
 
 browser: $(STAMP)  ## the report's page in a real browser (wants Chromium: apt-get install chromium)
 	$(BIN)/python -m pip install --quiet --constraint infra/constraints.txt --editable '.[browser]'
 	$(BIN)/python -m pytest -m browser
 
 check: check-style  ## before a push: format, lint, types, fast tests
-	$(BIN)/python -m pytest -q -m "not realstore and not slow and not browser"
+	$(PYTEST) -q -m "not realstore and not slow and not browser"
 
 check-style: $(STAMP)
 	$(BIN)/ruff format --check .

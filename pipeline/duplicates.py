@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 from pipeline.commit import Output
 from pipeline.embeddings import PART_SHIFT, Block, Floats, Vectors
 from pipeline.errors import InputError
-from pipeline.index import Index, open_index
+from pipeline.index import Index, held, open_index
 from pipeline.storage import resolve
 
 BLOCK_BYTES = 128 << 20  # of vectors that are compared with all that come after them
@@ -171,18 +171,20 @@ def _opened(vectors: Vectors) -> Index:
 
 
 def _by_index(index: Index, vectors: Vectors, rows: _Rows, threshold: float) -> None:
-    """Neighbours that the index names, with the scores that it gives (half precision)."""
+    """Neighbours that the index names, with scores of the vectors that it holds (half precision). Its own scores are
+    the CPU's: some add up in half precision."""
     for segment in index.segments:
         if not segment.rows:
             continue
         graph = index.graph(segment)
         for block in vectors.blocks():
             for number, query_D in zip(rows.numbers(block).tolist(), block.unit_BD, strict=True):
-                near = graph.search(query_D, min(NEIGHBOURS, segment.rows))
-                for place, distance in zip(near.keys.tolist(), near.distances.tolist(), strict=True):
+                places_B = graph.search(query_D, min(NEIGHBOURS, segment.rows)).keys
+                scores_B = held(graph, places_B) @ query_D
+                for place, score in zip(places_B.tolist(), scores_B.tolist(), strict=True):
                     other = rows.firsts[place >> PART_SHIFT] + (place & 0xFFFFFFFF)
-                    if other != number and 1 - distance >= threshold:
-                        rows.join(min(number, other), max(number, other), min(1.0, 1 - distance))
+                    if other != number and score >= threshold:
+                        rows.join(min(number, other), max(number, other), min(1.0, score))
 
 
 def _encode(vectors: Vectors, rows: _Rows, group_N: Ints, threshold: float) -> tuple[bytes, tuple[int, int, int]]:

@@ -12,6 +12,7 @@ from pipeline.errors import InputError
 from pipeline.index import Index, open_index
 
 MOST_HITS = 10_000
+SPARE = 5  # scores of a whole block are rounded otherwise than those of one row, by which the hits are put in order
 
 
 @dataclass(frozen=True)
@@ -53,8 +54,8 @@ def _by_index(index: Index, vectors: Vectors, query_D: Floats, k: int) -> Iterat
 
 
 def _by_comparing(vectors: Vectors, query_D: Floats, k: int, parts: tuple[int, ...], places: set[int]) -> int:
-    """Adds the k best of these parts to `places`; how many rows there were."""
-    best, rows = Nearest(query_D[None], k), 0
+    """Adds the k best of these parts, and SPARE more, to `places`; how many rows there were."""
+    best, rows = Nearest(query_D[None], k + SPARE), 0
     for block in vectors.blocks(parts):
         best.add(block.unit_BD, block.places_B)
         rows += len(block.unit_BD)

@@ -11,6 +11,7 @@ import time
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -199,16 +200,13 @@ def test_after_an_error_nothing_runs_that_could_read_freed_memory() -> None:
     assert api.waits == 1
 
 
-def test_the_device_has_its_own_clock() -> None:
-    queue, first, second, third = ComputeQueue(), Clock(), Clock(), Clock()
-    began = time.perf_counter()
-    queue.finished(began - 0.5, first)
-    queue.finished(began - 0.3, second)  # launched while the first one ran: busy only since that was done
-    time.sleep(0.05)
-    queue.finished(time.perf_counter(), third)  # launched after a pause
-    assert 0.5 <= first.busy_s < 0.6 and first.idle_s == 0
-    assert second.busy_s < 0.04 and second.idle_s == 0
-    assert third.busy_s < 0.04 and third.idle_s >= 0.05
+def test_the_device_has_its_own_clock(monkeypatch: pytest.MonkeyPatch) -> None:
+    queue, clocks = ComputeQueue(), [Clock(), Clock(), Clock()]
+    # the second is launched while the first one runs: busy only since that was done; the third after a pause
+    for clock, launched, done in zip(clocks, (10, 12, 20), (15, 16, 22), strict=True):
+        monkeypatch.setattr("pipeline.device.time", SimpleNamespace(perf_counter=lambda done=done: done))
+        queue.finished(launched, clock)
+    assert [(clock.busy_s, clock.idle_s) for clock in clocks] == [(5, 0), (1, 0), (2, 4)]
 
 
 def test_the_meter_has_the_devices_seconds_not_the_threads(work: Work) -> None:
