@@ -17,6 +17,7 @@ ROOT = Path(pipeline.__file__).parent
 # Later may import earlier, never the reverse; within a layer only as WITHIN says.
 LAYERS = [
     {"errors"},
+    {"tell"},  # what commands print
     {"schema", "vectors"},
     {"storage"},
     # what an image's first bytes say; what stages did; where models run; what threads are at
@@ -41,7 +42,7 @@ LAYERS = [
     {"report", "exports"},
     {"index", "embed_image", "few_shot", "label_file"},
     {"search", "duplicates", "thumbnails", "sheet", "linear_probe"},
-    {"ask"},  # commands on finished outputs
+    {"ask", "look"},  # commands: on finished outputs; those that change nothing
     {"cli"},
 ]
 WITHIN = {

@@ -1,0 +1,122 @@
+"""The commands that look and change nothing: plan, status, verify, rejects, models, schema."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+from pipeline.tell import json_line, print_status, say
+
+Command = Callable[[argparse.Namespace], int]
+Add = Callable[[Any, str, Command, str], argparse.ArgumentParser]
+DONE, FAILED = 0, 1
+
+
+def add_commands(commands: Any, add: Add) -> None:
+    """Give the command line these six."""
+    plan = add(commands, "plan", _plan, "what a run would do: parts, bytes, what is committed; writes nothing")
+    plan.epilog = "example: img2parquet plan jobs/demo.yaml"
+    add_job(plan)
+    status = add(commands, "status", _status, "how far a run is; works while it runs")
+    status.epilog = "example: img2parquet status out/demo/results"
+    status.add_argument("uri", help="the job's output.uri")
+    status.add_argument(
+        "--rejects",
+        action="store_true",
+        help="count rows and rejects also where that needs a read for each of many parts",
+    )
+    text = "check every byte of an output against its plan; exit 1 and a list if anything is wrong"
+    verify = add(commands, "verify", _verify, text)
+    verify.epilog = "example: img2parquet verify out/demo/results"
+    verify.add_argument("uri", help="the job's output.uri")
+    rejects = add(commands, "rejects", _rejects, "the rejected images that stand, as JSON lines")
+    rejects.epilog = "example: img2parquet rejects out/demo/results"
+    rejects.add_argument("uri", help="the job's output.uri")
+    rejects.add_argument("--superseded", action="store_true", help="those that retries have tried again, instead")
+    models = add(commands, "models", _models, "the families and published checkpoints, with what each can give")
+    models.epilog = "example: img2parquet models"
+    schema = add(commands, "schema", _schema, "the job file's JSON Schema, for editors")
+    schema.epilog = "example: img2parquet schema > job.schema.json"
+
+
+def add_job(parser: argparse.ArgumentParser) -> None:
+    """The arguments that name a job; `run` has them too."""
+    parser.add_argument("job", help="a job file")
+    parser.add_argument("--set", action="append", default=[], metavar="A.B=C", help="override a field of the job")
+
+
+def _plan(arguments: argparse.Namespace) -> int:
+    from pipeline.commit import Output
+    from pipeline.job import load_job
+    from pipeline.plan import check_same_run, identities, make_plan
+    from pipeline.probe import probe
+    from pipeline.storage import Store
+
+    job = load_job(arguments.job, arguments.set)
+    probed = probe(job)
+    output = Output.at(job.output.uri, Store(job.output.storage_options))
+    plan = output.stored_plan()
+    where = "stored in the output" if plan else "not stored yet"
+    if plan is None:
+        plan = make_plan(job, probed.cards, probed.dtype)
+    else:
+        check_same_run(plan, identities(job, probed.cards, probed.dtype), output.uri)
+    files = output.files()
+    rows = f"{plan.rows:,}" if plan.rows is not None else "known when read"
+    size = f"{sum(part.size_bytes for part in plan.parts):,} bytes of input"
+    say(f"plan       {len(plan.parts)} parts, {size}, rows {rows}; {where}")
+    say(f"dtype      {probed.dtype} on {probed.device}, batches of {probed.batch_size}")
+    for name, names in plan.names.items():
+        done = sum(name_of_part in files for name_of_part in names)
+        say(f"model      {name}: {done} of {len(plan.parts)} parts committed, identity {plan.identity(name)}")
+    return DONE
+
+
+def _status(arguments: argparse.Namespace) -> int:
+    from pipeline.results import status
+
+    print_status(status(arguments.uri, read_footers=True if arguments.rejects else None))
+    return DONE
+
+
+def _verify(arguments: argparse.Namespace) -> int:
+    from pipeline.commit import Output
+    from pipeline.verify import verify
+
+    problems = verify(Output.at(arguments.uri))
+    for problem in problems:
+        say(problem.replace("\n", "\\n"))  # one line each, whatever a key holds
+    say(f"{len(problems)} problems" if problems else "ok: every planned row is there exactly once", file=sys.stderr)
+    return FAILED if problems else DONE
+
+
+def _rejects(arguments: argparse.Namespace) -> int:
+    from pipeline.results import read_rejects
+
+    table = read_rejects(arguments.uri, superseded=arguments.superseded)
+    counts: Counter[str] = Counter()
+    for batch in table.to_batches(max_chunksize=10_000):
+        for row in batch.to_pylist():
+            print(json_line(row))
+            counts[row["reason"]] += 1
+    say(f"{table.num_rows} rejects: " + ", ".join(f"{k} {v}" for k, v in counts.most_common()), file=sys.stderr)
+    return DONE
+
+
+def _models(arguments: argparse.Namespace) -> int:
+    from pipeline.catalogue import lines
+
+    for line in lines():
+        say(line)
+    return DONE
+
+
+def _schema(arguments: argparse.Namespace) -> int:
+    from pipeline.job import json_schema
+
+    print(json.dumps(json_schema(), indent=1))
+    return DONE
