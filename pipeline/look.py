@@ -9,18 +9,27 @@ from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
-from pipeline.tell import json_line, print_status, say
+from pipeline.errors import UserError
+from pipeline.tell import json_line, print_measured, print_plan, print_status, say
 
 Command = Callable[[argparse.Namespace], int]
 Add = Callable[[Any, str, Command, str], argparse.ArgumentParser]
 DONE, FAILED = 0, 1
+PLAN_EXAMPLES = """examples:
+  img2parquet plan jobs/demo.yaml
+  img2parquet plan jobs/demo.yaml --measure --workers 64 --price-per-hour 0.34"""
 
 
 def add_commands(commands: Any, add: Add) -> None:
     """Give the command line these six."""
     plan = add(commands, "plan", _plan, "what a run would do: parts, bytes, what is committed; writes nothing")
-    plan.epilog = "example: img2parquet plan jobs/demo.yaml"
+    plan.epilog = PLAN_EXAMPLES
     add_job(plan)
+    plan.add_argument("--measure", action="store_true", help="run a sample here: speed, bottleneck, time, bytes, cost")
+    plan.add_argument("--seconds", type=float, metavar="S", help="about how long to measure (20)")
+    plan.add_argument("--workers", type=int, metavar="N", help="estimate for so many CPUs, or GPUs; default: as here")
+    plan.add_argument("--price-per-hour", type=float, metavar="X", help="of one machine like this one: gives the cost")
+    plan.add_argument("--json", action="store_true", help="print the plan, and what was measured, as JSON")
     status = add(commands, "status", _status, "how far a run is; works while it runs")
     status.epilog = "example: img2parquet status out/demo/results"
     status.add_argument("uri", help="the job's output.uri")
@@ -56,24 +65,58 @@ def _plan(arguments: argparse.Namespace) -> int:
     from pipeline.probe import probe
     from pipeline.storage import Store
 
+    _refuse_idle_options(arguments)
     job = load_job(arguments.job, arguments.set)
     probed = probe(job)
     output = Output.at(job.output.uri, Store(job.output.storage_options))
     plan = output.stored_plan()
-    where = "stored in the output" if plan else "not stored yet"
+    is_stored = plan is not None
     if plan is None:
         plan = make_plan(job, probed.cards, probed.dtype)
     else:
         check_same_run(plan, identities(job, probed.cards, probed.dtype), output.uri)
     files = output.files()
-    rows = f"{plan.rows:,}" if plan.rows is not None else "known when read"
-    size = f"{sum(part.size_bytes for part in plan.parts):,} bytes of input"
-    say(f"plan       {len(plan.parts)} parts, {size}, rows {rows}; {where}")
-    say(f"dtype      {probed.dtype} on {probed.device}, batches of {probed.batch_size}")
-    for name, names in plan.names.items():
-        done = sum(name_of_part in files for name_of_part in names)
-        say(f"model      {name}: {done} of {len(plan.parts)} parts committed, identity {plan.identity(name)}")
+    done = {name: sum(file in files for file in names) for name, names in plan.names.items()}
+    if not arguments.json:
+        print_plan(plan, probed, done, is_stored)
+    measured = _measured(arguments, job, probed, plan) if arguments.measure else {}
+    if arguments.json:
+        print(json_line({**_plan_values(plan, probed, done, is_stored), **measured}))
     return DONE
+
+
+def _refuse_idle_options(arguments: argparse.Namespace) -> None:
+    given = {
+        "--seconds": arguments.seconds, "--workers": arguments.workers, "--price-per-hour": arguments.price_per_hour,
+    }  # fmt: skip
+    idle = [name for name, value in given.items() if value is not None]
+    if idle and not arguments.measure:
+        raise UserError(f"{', '.join(idle)}: nothing is measured without --measure", hint="add --measure")
+
+
+def _measured(arguments: argparse.Namespace, job: Any, probed: Any, plan: Any) -> dict[str, Any]:
+    from pipeline.measure import SECONDS, check_wishes, estimate, measure
+
+    workers, price = arguments.workers, arguments.price_per_hour
+    check_wishes(workers, price)  # before a minute is spent on it
+    found = measure(job, probed, plan, SECONDS if arguments.seconds is None else arguments.seconds)
+    expected = estimate(found, workers, price)
+    if not arguments.json:
+        print_measured(found, expected, job.resources.batch_size == "auto")
+    return {"measured": vars(found), "estimate": vars(expected)}
+
+
+def _plan_values(plan: Any, probed: Any, done: dict[str, int], is_stored: bool) -> dict[str, Any]:
+    return {
+        "parts": len(plan.parts),
+        "bytes_in": sum(part.size_bytes for part in plan.parts),
+        "rows": plan.rows,
+        "is_stored": is_stored,
+        "dtype": probed.dtype,
+        "device": probed.device,
+        "batch_size": probed.batch_size,
+        "models": {name: {"parts_done": count, "identity": plan.identity(name)} for name, count in done.items()},
+    }
 
 
 def _status(arguments: argparse.Namespace) -> int:

@@ -74,3 +74,61 @@ def print_status(now: Any) -> None:
     if now.retries:
         kinds = ", ".join(f"{kind} {times:,}" for kind, times in sorted(now.retries.items()))
         say(f"retries    {sum(now.retries.values()):,} requests to stores were sent again: {kinds}")
+
+
+def print_plan(plan: Any, probed: Any, done: dict[str, int], is_stored: bool) -> None:
+    """What a run would do; `done`: parts that are committed, by model."""
+    rows = f"{plan.rows:,}" if plan.rows is not None else "known when read"
+    size = f"{sum(part.size_bytes for part in plan.parts):,} bytes of input"
+    where = "stored in the output" if is_stored else "not stored yet"
+    say(f"plan       {len(plan.parts)} parts, {size}, rows {rows}; {where}")
+    say(f"dtype      {probed.dtype} on {probed.device}, batches of {probed.batch_size}")
+    for name, count in done.items():
+        say(f"model      {name}: {count} of {len(plan.parts)} parts committed, identity {plan.identity(name)}")
+
+
+def print_measured(found: Any, expected: Any, is_auto: bool) -> None:
+    """A sample's speed, and what the whole input would take."""
+    rejected = sum(found.rejected.values())
+    say(
+        f"measured   {found.images:,} images of {found.parts_sampled} of {found.parts} parts in {found.seconds:.1f} s, "
+        f"{rejected:,} rejected; nothing was written"
+    )
+    say(f"speed      {found.images_per_s:,.1f} images/s with {_count(found.workers, found.worker)}")
+    for stage, images_per_s in found.stages.items():
+        whose = "the GPU" if stage == "embed" and found.worker == "GPU" else "one CPU"
+        say(f"  {stage:<10} {images_per_s:>10,.1f} images/s by {whose}")
+    say(f"bottleneck {found.bottleneck}")
+    if found.cpus_per_gpu is not None:
+        say(f"CPUs       {found.cpus_per_gpu} per GPU keep it busy")
+    else:
+        say(f"CPUs       no GPU here; one CPU feeds {found.cpu_images_per_s:,.0f} images/s of a GPU that embeds them")
+    other = "" if is_auto or found.batch_size == found.batch_size_auto else f", `auto` takes {found.batch_size_auto}"
+    say(f"batch      {found.batch_size}{other}")
+    about = "about " if found.rows_estimated else ""
+    say(f"input      {about}{found.rows:,} images, {found.bytes_in:,} bytes")
+    machines = f" on {expected.machines:,} machines like this" if expected.machines > 1 else ""
+    say(f"time       {_duration(expected.eta_s)} with {_count(expected.workers, found.worker)}{machines}")
+    for name, size in found.bytes_out.items():
+        say(f"output     about {size:,} bytes of model={name}")
+    if expected.cost is not None:
+        cost = f"{expected.cost:,.2f}" if expected.cost >= 1 else f"{expected.cost:.2g}"
+        say(f"cost       {cost}, in the unit of --price-per-hour")
+    for note in found.notes:
+        say(f"note       {note}")
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number:,} {what}{'' if number == 1 else 's'}"
+
+
+def _duration(seconds: float) -> str:
+    """In the two largest units: `4 h 12 min`."""
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes = round(seconds / 60)
+    hours, minutes = divmod(minutes, 60)
+    days, hours = divmod(hours, 24)
+    if days:
+        return f"{days:,} d {hours} h"
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min"
