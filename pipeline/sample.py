@@ -75,14 +75,16 @@ class Seen:
         if item.offset is not None and item.shard == self.shard:
             self.offsets = [*self.offsets[:1], item.offset, self.rows]
 
-    def bytes_per_row(self, part: Part) -> float:
-        """Of the shard: its images with what lies beside them. A whole part knows; of another the distance between
-        members says, or else the images' own bytes, which leaves out the rest."""
+    def rows_of(self, part: Part) -> float:
+        """How many the whole part has. One that was read to its end knows; of another the distance between members says
+        how many bytes a row takes, or else the images' own bytes, which leaves out what lies beside them."""
         if self.is_whole:
-            return part.size_bytes / max(self.rows, 1)
+            return self.rows
         if len(self.offsets) == 3 and self.offsets[1] > self.offsets[0]:
-            return (self.offsets[1] - self.offsets[0]) / (self.offsets[2] - 1)
-        return max(self.image_bytes / max(self.rows, 1), 1.0)
+            row_bytes = (self.offsets[1] - self.offsets[0]) / (self.offsets[2] - 1)
+        else:
+            row_bytes = max(self.image_bytes / max(self.rows, 1), 1.0)
+        return max(self.rows, part.size_bytes / row_bytes)
 
 
 def _uncounted(part: Part) -> Part:
@@ -99,14 +101,16 @@ def count_rows(parts: Sequence[Part], seen: Mapping[int, Seen]) -> tuple[int, bo
     """All images of the input, and whether some are estimated: by the bytes of parts that nobody has counted."""
     known = sum(part.rows for part in parts if part.rows is not None)
     uncounted = [part for part in parts if part.rows is None]
-    looked_at = [part for part in uncounted if part.index in seen and seen[part.index].rows]
+    looked_at = [
+        part for part in uncounted if part.index in seen and (seen[part.index].rows or seen[part.index].is_whole)
+    ]
     read_whole = {part.index: seen[part.index].rows for part in looked_at if seen[part.index].is_whole}
-    if not uncounted or len(read_whole) == len(uncounted):
+    if len(read_whole) == len(uncounted):
         return known + sum(read_whole.values()), False
-    if not looked_at:  # all of the sample was counted when the job was planned: the others are taken to be alike
-        counted_bytes = sum(part.size_bytes for part in parts if part.rows is not None)
-        per_row = counted_bytes / max(known, 1)
-    else:
-        per_row = sum(seen[part.index].bytes_per_row(part) for part in looked_at) / len(looked_at)
+    if looked_at:
+        looked_at_bytes = sum(part.size_bytes for part in looked_at)
+        per_row = looked_at_bytes / max(sum(seen[part.index].rows_of(part) for part in looked_at), 1.0)
+    else:  # all of the sample was counted when the job was planned: the others are taken to be alike
+        per_row = sum(part.size_bytes for part in parts if part.rows is not None) / max(known, 1)
     left = sum(part.size_bytes for part in uncounted if part.index not in read_whole)
     return known + sum(read_whole.values()) + round(left / max(per_row, 1.0)), True

@@ -18,7 +18,7 @@ from pipeline.errors import InputError, UserError
 from pipeline.job import JobSpec, parse_job
 from pipeline.measure import STAGES, Measurement, estimate, measure
 from pipeline.plan import make_plan
-from pipeline.sample import count_rows, spread
+from pipeline.sample import Seen, count_rows, spread
 from pipeline.schema import Part, Piece
 from tests.small import BROKEN, GOOD, PER_SHARD, ROWS, SHARDS, job_dict, jpeg, make_checkpoint, make_shards
 
@@ -56,8 +56,8 @@ def test_a_sample_of_everything_says_what_the_run_then_does(made: Path, tmp_path
     assert set(found.stages) == set(STAGES) and all(rate > 0 for rate in found.stages.values())
     assert "-bound: " in found.bottleneck
     assert (found.workers, found.worker, found.batch_size, found.cpus_per_gpu) == (2, "CPU", 8, None)
-    slowest = 1 / sum(1 / rate for rate in found.stages.values())  # images/s of one CPU that does everything
-    assert found.images_per_s < 2.5 * found.workers * slowest
+    busy_s = sum(1 / found.stages[stage] for stage in ("decode", "preprocess", "embed"))  # of one worker, for one image
+    assert found.images_per_s <= found.workers / busy_s  # nobody is busy for longer than the sample took
 
 
 def test_a_short_sample_estimates_rows_from_bytes(made: Path, tmp_path: Path) -> None:
@@ -76,9 +76,9 @@ def test_a_few_parts_stand_for_many(made: Path, tmp_path: Path) -> None:
     job = parse_job(job_dict(f"{folder}/*.tar", made / "model", str(tmp_path / "out")))
     found = measured(job)
     assert (found.parts_sampled, found.parts, found.images) == (8, 30, 48)
-    assert found.rows_estimated and abs(found.rows - 180) < 18
+    assert found.rows_estimated and abs(found.rows - 180) < 180 / 4
     run(job, "local")
-    assert abs(found.bytes_out["tiny"] - written(tmp_path / "out")) < written(tmp_path / "out") / 10
+    assert abs(found.bytes_out["tiny"] - written(tmp_path / "out")) < written(tmp_path / "out") / 4
 
 
 def test_rows_that_the_plan_counts_are_no_estimate(made: Path, tmp_path: Path) -> None:
@@ -107,8 +107,8 @@ def test_what_cannot_be_measured_says_so(made: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="0 seconds to measure"):
         measured(job_of(made, tmp_path / "out"), seconds=0)
     shards = make_shards(tmp_path / "changed", shards=2, broken=False)
-    job = job_of(made, tmp_path / "out", input={"kind": "webdataset", "uris": [str(tmp_path / "changed/*.tar")]})
-    job = job.model_copy(update={"input": job.input.model_copy(update={"shards_per_part": 1})})  # type: ignore[attr-defined]
+    source = {"kind": "webdataset", "uris": [str(tmp_path / "changed/*.tar")], "shards_per_part": 1}
+    job = job_of(made, tmp_path / "out", input=source)
     probed = local.start(job)
     plan = make_plan(job, probed.cards, probed.dtype)
     shards[0].write_bytes(shards[0].read_bytes() + bytes(10_240))  # changed since
@@ -139,6 +139,10 @@ def test_parts_are_spread_over_the_plan() -> None:
     counted = Part(100, (Piece("c.parquet", 1000, "e", rows=50),))
     assert count_rows([*parts, counted], {}) == (50 + 100 * 100 // 20, True)
     assert count_rows([counted], {}) == (50, False)
+    empty, full, cut = Seen(is_whole=True), Seen(rows=20, is_whole=True), Seen(rows=2, offsets=[0, 10, 2])
+    assert count_rows(parts[:2], {0: empty, 1: full}) == (20, False)
+    assert count_rows(parts, {0: empty, 1: full}) == (20 + 98 * 10, True)  # 200 bytes hold 20 images
+    assert count_rows(parts[:4], {0: cut}) == (40, True)  # 10 bytes an image
 
 
 def test_the_command(made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
