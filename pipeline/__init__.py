@@ -18,10 +18,12 @@ The way of one image, a file for each step:
     session.py      what is left of a job, gathered and committed; meter.py says what held it up
     rounds.py       results of workers that may hang or be lost: watch.py looks at the clock, signals.py hears SIGTERM
     finish.py       every part's footer -> rejects, manifest, totals
-    driver.py       a job from start to end
+    driver.py       a job from start to end; measure.py: a sample of one (sample.py), and what the whole would take
     generations.py  what later runs added to an output: names, records and union; retrying.py tries rejects again
     report/         what lies in an output -> one HTML page
     exports/        committed rows -> the files of another tool; vectors.py: a column of vectors -> numpy
+    embed_images.py images at hand -> vectors, as a job would have written them
+    cli.py          the commands: look.py has those that change nothing, ask.py those below; tell.py prints
 
 and what may be asked of what came out (ask.py has the commands):
 
@@ -36,6 +38,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from pipeline.driver import Summary, run
+    from pipeline.embed_images import embed
     from pipeline.exports import Exported, export
     from pipeline.job import JobSpec, load_job, parse_job
     from pipeline.models import load_model
@@ -46,7 +49,7 @@ if TYPE_CHECKING:
 
 _HOME = {
     "JobSpec": "pipeline.job", "load_job": "pipeline.job", "parse_job": "pipeline.job",
-    "load_model": "pipeline.models",
+    "load_model": "pipeline.models", "embed": "pipeline.embed_images",
     "open_results": "pipeline.results", "read_rejects": "pipeline.results", "status": "pipeline.results",
     "report": "pipeline.report",
     "export": "pipeline.exports", "Exported": "pipeline.exports", "decode_vectors": "pipeline.vectors",
@@ -55,7 +58,7 @@ _HOME = {
 }  # fmt: skip
 
 __all__ = [
-    "Exported", "JobSpec", "RetrySummary", "Summary", "decode_vectors", "export", "load_job", "load_model",
+    "Exported", "JobSpec", "RetrySummary", "Summary", "decode_vectors", "embed", "export", "load_job", "load_model",
     "open_results", "parse_job", "read_rejects", "report", "retry", "run", "status",
 ]  # fmt: skip
 

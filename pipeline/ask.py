@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 import webbrowser
@@ -11,7 +10,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from pipeline.errors import InputError, printable
+from pipeline.errors import InputError
+from pipeline.tell import json_line, say
 
 Command = Callable[[argparse.Namespace], int]
 Add = Callable[[Any, str, object, str], argparse.ArgumentParser]
@@ -98,11 +98,11 @@ def _index(arguments: argparse.Namespace) -> int:
     built = build(open_vectors(arguments.uri, arguments.model, arguments.column), arguments.to)
     if arguments.json:
         return _print_json(vars(built))
-    _say(f"index      {built.uri}, generation {built.generation}")
-    _say(f"rows       {built.rows:,} of {built.parts} parts ({built.parts_added} added now)")
-    _say(f"size       {built.size_bytes:,} bytes in {built.segments} segments")
+    say(f"index      {built.uri}, generation {built.generation}")
+    say(f"rows       {built.rows:,} of {built.parts} parts ({built.parts_added} added now)")
+    say(f"size       {built.size_bytes:,} bytes in {built.segments} segments")
     recall = "not measured: fewer than two rows" if built.recall is None else f"{built.recall:.4f}"
-    _say(f"recall@10  {recall} against brute force, among {built.recall_rows:,} rows")
+    say(f"recall@10  {recall} against brute force, among {built.recall_rows:,} rows")
     return DONE
 
 
@@ -123,9 +123,9 @@ def _search(arguments: argparse.Namespace) -> int:
         if arguments.json:
             _print_json(vars_of(hit))
         else:
-            _say(f"{hit.score:.4f}  {_one_line(hit.key)}  {_one_line(hit.shard)}")
+            say(f"{hit.score:.4f}  {_one_line(hit.key)}  {_one_line(hit.shard)}")
     fresh = f", {len(answer.not_indexed)} parts are not in it yet" if answer.not_indexed else ""
-    _say(f"{len(answer.hits)} nearest of {answer.compared:,} rows ({answer.how}{fresh})", file=sys.stderr)
+    say(f"{len(answer.hits)} nearest of {answer.compared:,} rows ({answer.how}{fresh})", file=sys.stderr)
     if arguments.html or arguments.open:
         _sheet(arguments, vectors, answer)
     return DONE
@@ -149,7 +149,7 @@ def _sheet(arguments: argparse.Namespace, vectors: Any, answer: Any) -> None:
         beside.replace(path)
     except OSError as error:
         raise InputError(f"--html {path}: cannot be written: {error.strerror}") from None
-    _say(f"sheet      {path}", file=sys.stderr)
+    say(f"sheet      {path}", file=sys.stderr)
     if arguments.open:
         webbrowser.open(path.resolve().as_uri())
 
@@ -162,9 +162,9 @@ def _duplicates(arguments: argparse.Namespace) -> int:
     found = duplicates(vectors, arguments.to, arguments.threshold, index=arguments.index, exact=arguments.exact)
     if arguments.json:
         return _print_json({**vars(found), "redundant": found.redundant})
-    _say(f"groups     {found.groups:,} of {found.rows:,} rows, the largest has {found.largest:,}")
-    _say(f"redundant  {found.redundant:,} rows beside each group's representative")
-    _say(f"written    {found.uri}")
+    say(f"groups     {found.groups:,} of {found.rows:,} rows, the largest has {found.largest:,}")
+    say(f"redundant  {found.redundant:,} rows beside each group's representative")
+    say(f"written    {found.uri}")
     return DONE
 
 
@@ -178,21 +178,21 @@ def _probe(arguments: argparse.Namespace) -> int:
         return _print_json(vars(made))
     report = made.report
     how = "held out" if report["judged_by"] == "held_out" else f"{report['folds']}-fold cross-validation"
-    _say(f"labelled   {report['rows']} rows of {len(report['per_class'])} classes")
-    _say(f"chosen     {report['chosen']}, temperature {report['temperature']:.3g}")
-    _say(
+    say(f"labelled   {report['rows']} rows of {len(report['per_class'])} classes")
+    say(f"chosen     {report['chosen']}, temperature {report['temperature']:.3g}")
+    say(
         f"accuracy   {report['accuracy']:.4f} on {report['judged_rows']} rows ({how}); the commonest class alone "
         f"{report['majority']:.4f}"
     )
     before = report["calibration_error_before"]
-    _say(f"calibrated expected error {report['calibration_error']:.4f}, {before:.4f} before")
-    _say(f"written    {made.rows:,} rows to model={made.model}, {made.parts_now} of {made.parts} parts now")
+    say(f"calibrated expected error {report['calibration_error']:.4f}, {before:.4f} before")
+    say(f"written    {made.rows:,} rows to model={made.model}, {made.parts_now} of {made.parts} parts now")
     for name in made.left_out:
-        _say(f"left out   the kept column `{name}`, whose name the probe's own has")
+        say(f"left out   the kept column `{name}`, whose name the probe's own has")
     if made.retried_files:
-        _say(f"not these  rows that retries won, in {made.retried_files} files: they are not labelled")
+        say(f"not these  rows that retries won, in {made.retried_files} files: they are not labelled")
     if made.parts_left:
-        _say(f"not yet    {made.parts_left} parts are not committed; run the same command when they are")
+        say(f"not yet    {made.parts_left} parts are not committed; run the same command when they are")
     return DONE
 
 
@@ -202,12 +202,12 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     found = evaluate(arguments.uri, arguments.truth, arguments.model, arguments.column)
     if arguments.json:
         return _print_json(found.to_json())
-    _say(f"model      {found.model}, column {found.column}, by {found.truth}")
-    _say(f"rows       {found.rows:,} with a truth, {found.rows_without_truth:,} without")
+    say(f"model      {found.model}, column {found.column}, by {found.truth}")
+    say(f"rows       {found.rows:,} with a truth, {found.rows_without_truth:,} without")
     for name, score in found.headline.items():
-        _say(f"{name.replace('_', ' '):<17} {score:.4f}")
+        say(f"{name.replace('_', ' '):<17} {score:.4f}")
     if found.resized:
-        _say(f"{found.resized:,} masks were made as large as their truth")
+        say(f"{found.resized:,} masks were made as large as their truth")
     _classes(found)
     return DONE
 
@@ -217,17 +217,17 @@ def _classes(found: Any) -> None:
     if not found.classes:
         return
     what = "iou" if found.task == "mask" else "f1"
-    _say(f"{'class':<24} {'rows':>10} {'precision':>9} {'recall':>9} {what:>9}")
+    say(f"{'class':<24} {'rows':>10} {'precision':>9} {'recall':>9} {what:>9}")
     largest = sorted(found.classes, key=lambda score: (-score.rows, score.id))
     for score in largest[:MOST_CLASSES]:
         numbers = " ".join(f"{_number(value):>9}" for value in (score.precision, score.recall, getattr(score, what)))
-        _say(f"{_one_line(score.name)[:24]:<24} {score.rows:>10,} {numbers}")
+        say(f"{_one_line(score.name)[:24]:<24} {score.rows:>10,} {numbers}")
     if len(largest) > MOST_CLASSES:
-        _say(f"and {len(largest) - MOST_CLASSES} more classes; --json has them all")
+        say(f"and {len(largest) - MOST_CLASSES} more classes; --json has them all")
     names = {score.id: _one_line(score.name) for score in found.classes}
     wrong = sorted(((n, t, p) for (t, p), n in found.confusion.items() if t != p), key=lambda x: (-x[0], x[1:]))
     for count, truth, said in wrong[:MOST_MISTAKES]:
-        _say(f"mistaken   {names[truth]} for {names.get(said, 'no class')}: {count:,}")
+        say(f"mistaken   {names[truth]} for {names.get(said, 'no class')}: {count:,}")
 
 
 def _number(value: float | None) -> str:
@@ -239,12 +239,8 @@ def vars_of(hit: Any) -> dict[str, Any]:
 
 
 def _print_json(values: object) -> int:
-    print(json.dumps(values).replace("\x7f", "\\u007f"))
+    print(json_line(values))
     return DONE
-
-
-def _say(text: str, file: Any = None) -> None:
-    print(printable(text), file=file)
 
 
 def _one_line(text: str) -> str:

@@ -45,11 +45,16 @@ def pools(work: Work) -> dict[str, int]:
 
 def stream(parts: Iterable[Part], work: Work) -> Iterator[Embedded | Failed]:
     """Results in the order of their batches; at most three batches per worker are in memory at any time."""
+    with closing(Step(work)) as step:
+        yield from through(step, parts, work)
+
+
+def through(step: Step, parts: Iterable[Part], work: Work) -> Iterator[Embedded | Failed]:
+    """The same, through models that are loaded already."""
     count = workers(work.job)
     waiting: deque[Future[Embedded | Failed] | Failed] = deque()
     with (
         _quick_turns(),
-        closing(_Step(work)) as step,
         _Reader(parts, work, depth=count) as batches,
         ThreadPoolExecutor(count, "img2parquet-worker") as pool,
     ):
@@ -73,7 +78,7 @@ def _quick_turns() -> Iterator[None]:
         sys.setswitchinterval(before)
 
 
-class _Step:
+class Step:
     """A batch prepared and embedded. The threads share the models; each has its own clock.
 
     A GPU has its clock itself, and a thread that waits for it waits as it does for its next batch."""

@@ -232,7 +232,7 @@ def test_on_the_command_line(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_a_run_that_names_a_truth_ends_with_its_scores(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from pipeline.cli import print_summary
+    from pipeline.tell import print_summary
 
     folder = small_run().parent
     job = job_dict(str(folder / "shards" / "00[01].tar"), folder / "tiny", str(tmp_path / "out"))

@@ -17,6 +17,7 @@ ROOT = Path(pipeline.__file__).parent
 # Later may import earlier, never the reverse; within a layer only as WITHIN says.
 LAYERS = [
     {"errors"},
+    {"tell"},  # what commands print
     {"schema", "vectors"},
     {"storage"},
     # what an image's first bytes say; what stages did; where models run; what threads are at
@@ -26,40 +27,43 @@ LAYERS = [
     {"job"},
     {"graphs", "batch_size"},
     {"plan", "batch", "probe", "forward"},
+    {"embed_images"},  # a job's way for images at hand
     {"embed", "write", "commit"},
     {"child", "generations"},  # a process that may die; what retries added
     {"apart", "watch", "signals"},
     {"rounds"},
     {"actors"},  # what workers of a cluster do
     {"local", "cluster"},
+    {"sample"},  # some images of a plan
     {"derived", "judge"},  # partitions made from others; what a truth says of a row
     {"losses", "finish", "session", "evaluate"},
-    {"driver"},
+    {"driver", "measure"},  # a job; a sample of one
     {"retrying"},
     {"results", "verify", "progress", "catalogue", "supervise", "vectors"},
     {"embeddings"},
     {"report", "exports"},
     {"index", "embed_image", "few_shot", "label_file"},
     {"search", "duplicates", "thumbnails", "sheet", "linear_probe"},
-    {"ask"},  # commands on finished outputs
+    {"ask", "look"},  # commands: on finished outputs; those that change nothing
     {"cli"},
 ]
 WITHIN = {
     ("models", "preprocess"): "a model's card says how its images are prepared",
     ("outputs", "models"): "an output asks a model's card what it can give",
+    ("embed", "embed_images"): "the package's function `embed` is called by the name of that file",
     ("job", "job"): "",
     ("write", "write"): "",
 }
 HEAVY = {
     "torch": {"models", "decode", "preprocess", "outputs", "embed", "local", "probe"}
-    | {"device", "graphs", "forward", "batch_size", "gpus"},
+    | {"device", "graphs", "forward", "batch_size", "gpus", "embed_images"},
     "ray": {"cluster", "actors"},
     "PIL": {"decode", "preprocess", "models", "outputs", "report", "exports", "thumbnails", "judge"},
     "simplejpeg": {"decode"},
     "pyarrow": {"schema", "storage", "read", "outputs", "plan", "batch", "embed", "write", "commit", "cluster"}
     | {"results", "verify", "losses", "finish", "session", "forward", "apart", "actors"}
     | {"generations", "retrying", "report", "exports", "vectors"}
-    | {"embeddings", "duplicates", "evaluate", "judge", "label_file", "linear_probe"},
+    | {"embeddings", "duplicates", "evaluate", "judge", "label_file", "linear_probe", "sample"},
     "fsspec": {"storage"},
     "s3fs": {"storage"},
     "pydantic": {"job", "read", "outputs", "report"},

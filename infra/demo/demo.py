@@ -14,6 +14,7 @@ import os
 import shlex
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -29,6 +30,7 @@ ROOT = Path(__file__).parents[2]
 PHOTOS_JOB, SHARDS, RESULTS, LEVIT = "jobs/demo.yaml", "out/demo/shards", "out/demo/results", "levit-photos"
 TEXTURES_JOB, MOSAICS, MASKS, BEIT = "jobs/demo_textures.yaml", "out/demo/mosaics", "out/demo/masks", "beit-textures"
 FAMILIES_JOB, FAMILIES = "jobs/four_families.yaml", "out/demo/families"
+CAT = "out/demo/cat.jpg"
 QUERY = (
     "select label, count(*) as images, round(avg((labels[1].name = label)::int), 3) as accuracy "
     f"from '{RESULTS}/model={LEVIT}/*.parquet' group by label order by accuracy"
@@ -57,6 +59,7 @@ def label_photos(runner: str) -> None:
     print(f"           and broken on purpose: {faults}", flush=True)
     run(PHOTOS_JOB, runner)
     table = pipeline.open_results(RESULTS, LEVIT).to_table(columns=["label", "labels"])
+    leave_a_cat()
     print(f"accuracy   {accuracy(table):.4f} of {table.num_rows:,} crops, from regions held out of training")
     show_query()
 
@@ -74,6 +77,16 @@ def run_four_families(runner: str) -> None:
     print("\nfamilies   LeViT, BEiT, BiT and ViTMSN in one job: each image is decoded once", flush=True)
     run(FAMILIES_JOB, runner)
     print(f"results    {FAMILIES}/model=*/")
+
+
+def leave_a_cat() -> None:
+    """One of the crops as a file, to search by."""
+    rows = pipeline.open_results(RESULTS, LEVIT).to_table(columns=["key", "shard", "label"]).to_pylist()
+    cat = min((row for row in rows if row["label"] == "cat"), key=lambda row: (row["shard"], row["key"]))
+    with tarfile.open(cat["shard"]) as tar:
+        image = tar.extractfile(f"{cat['key']}.jpg")
+        assert image
+        Path(CAT).write_bytes(image.read())
 
 
 def how(made: bool) -> str:

@@ -94,7 +94,7 @@ class Model:
         return Preprocessor(self.card.preprocess)
 
     def _crop(self, index: int, image: Image.Image | UInt8s) -> UInt8s:
-        crop = self._preprocessor(Pixels(_rgb(index, image)))
+        crop = self._preprocessor(Pixels(rgb_of(index, image)))
         if isinstance(crop, Bad):
             raise InputError(f"images[{index}]: {crop.reason}: {crop.message}")
         return crop
@@ -300,8 +300,8 @@ def _in_short(names: Iterable[str]) -> list[str]:
     return [found[0] if len(found) == 1 else f"{found[0]} ... {found[-1]}" for found in counts.values()]
 
 
-def _rgb(index: int, image: Image.Image | UInt8s) -> UInt8s:
-    """As a job's `decode` does it: upright, transparency on white."""
+def rgb_of(index: int, image: Image.Image | UInt8s) -> UInt8s:
+    """As a job's `decode` does it: upright, transparency on white. Raises InputError for `images[index]`."""
     if not isinstance(image, np.ndarray):
         return _rgb_of_pil(index, image)
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:

@@ -42,7 +42,8 @@ class Embedding(TensorOutput):
     dtype: Literal["float32", "float16", "int8", "binary"] = Field(  # type: ignore[assignment]  # two more than a tensor
         "float32",
         description="Type of the stored values. `int8`: a third of float32's file, needs `normalize: l2`; `binary`: "
-        "one bit a value, its sign; both cost recall (README). A value beyond 65504 fails the part under float16.",
+        "one bit a value, its sign; both cost recall (infra/bench/results/recall.md). A value beyond 65504 fails the "
+        "part under float16.",
     )
 
     @model_validator(mode="after")

@@ -29,7 +29,7 @@ from transformers import (
     ViTMSNForImageClassification,
 )
 
-from pipeline import cli
+from pipeline import tell
 from pipeline.driver import run
 from pipeline.errors import JobError, OutputUnavailable, PartFailed
 from pipeline.job import identity, parse_job
@@ -383,7 +383,7 @@ def test_a_job_reports_the_mean(made: Path, output_root: str, capsys: pytest.Cap
     again = run(job, "local")  # nothing is left to do, and it still says so
     assert again.losses == summary.losses
     assert json.loads(Store().read(f"{output_root}/_SUCCESS"))["losses"] == summary.losses
-    cli.print_summary(again)
+    tell.print_summary(again)
     assert f"loss       tiny.loss {summary.losses['tiny.loss']:.4f}\n" in capsys.readouterr().out
 
 
@@ -407,5 +407,5 @@ def test_rows_without_a_truth_do_not_count(made: Path, tmp_path: Path, capsys: p
             assert summary.losses["tiny.loss"] == pytest.approx((found[0] + found[2]) / 2)
         else:
             assert (found, summary.losses) == ([None] * 4, {"tiny.loss": None})
-            cli.print_summary(summary)
+            tell.print_summary(summary)
             assert "tiny.loss none: no row has a truth" in capsys.readouterr().out

@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline.cli import main, say
+from pipeline.cli import main
 from pipeline.commit import parse_name
 from pipeline.driver import run
 from pipeline.errors import JobError, printable
@@ -22,6 +22,7 @@ from pipeline.read import PartLimits
 from pipeline.read.webdataset import WebDataset
 from pipeline.results import open_results, read_rejects
 from pipeline.schema import Part
+from pipeline.tell import say
 from tests.small import job_dict, jpeg, make_checkpoint
 
 KEYS = [
