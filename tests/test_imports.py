@@ -32,7 +32,8 @@ LAYERS = [
     {"rounds"},
     {"actors"},  # what workers of a cluster do
     {"local", "cluster"},
-    {"derived", "judge"},  # partitions made from others; what a truth says of a row
+    # partitions made from others; what a truth says of a row; rows -> their images, small
+    {"derived", "judge", "source_images", "thumbnails"},
     {"losses", "finish", "session", "evaluate"},
     {"driver"},
     {"retrying"},
@@ -40,7 +41,8 @@ LAYERS = [
     {"embeddings"},
     {"report", "exports"},
     {"index", "embed_image", "few_shot", "label_file"},
-    {"search", "duplicates", "thumbnails", "sheet", "linear_probe"},
+    {"mirror"},  # labels for each file of a model
+    {"search", "duplicates", "sheet", "linear_probe"},
     {"ask"},  # commands on finished outputs
     {"cli"},
 ]
@@ -59,10 +61,10 @@ HEAVY = {
     "pyarrow": {"schema", "storage", "read", "outputs", "plan", "batch", "embed", "write", "commit", "cluster"}
     | {"results", "verify", "losses", "finish", "session", "forward", "apart", "actors"}
     | {"generations", "retrying", "report", "exports", "vectors"}
-    | {"embeddings", "duplicates", "evaluate", "judge", "label_file", "linear_probe"},
+    | {"embeddings", "duplicates", "evaluate", "judge", "label_file", "mirror"},
     "fsspec": {"storage"},
     "s3fs": {"storage"},
-    "pydantic": {"job", "read", "outputs", "report"},
+    "pydantic": {"job", "read", "outputs", "source_images"},
     "jinja2": {"report"},
     "umap": {"report"},
     "yaml": {"job"},
