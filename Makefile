@@ -7,7 +7,7 @@ TEST_PROCESSES ?= 2
 # each takes a run of tests that lie together, so that a file's fixtures are mostly made once; who is idle takes over some
 PYTEST := $(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist worksteal
 
-.PHONY: help demo test browser check check-style chaos fuzz bounds bench bench-gpu parity s3 clean
+.PHONY: help demo test browser targets check check-style chaos fuzz bounds bench bench-gpu parity s3 clean
 help:  ## what can be made
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12
 
@@ -20,14 +20,18 @@ demo: $(STAMP)  ## label and embed real photographs on this machine, offline (un
 	@$(BIN)/python infra/demo/demo.py
 
 test: $(STAMP)  ## every test that needs no other program
-	$(PYTEST) -m "not realstore and not browser"
+	$(PYTEST) -m "not realstore and not browser and not targets"
 
 browser: $(STAMP)  ## the report's page in a real browser (wants Chromium: apt-get install chromium)
 	$(BIN)/python -m pip install --quiet --constraint infra/constraints.txt --editable '.[browser]'
 	$(BIN)/python -m pytest -m browser
 
+targets: $(STAMP)  ## our exports read by Label Studio's, CVAT's and autofaiss' own code (30 MB)
+	$(BIN)/python -m pip install --quiet --no-deps --requirement infra/targets.txt
+	$(BIN)/python -m pytest -m targets tests/exports
+
 check: check-style  ## before a push: format, lint, types, fast tests
-	$(PYTEST) -q -m "not realstore and not slow and not browser"
+	$(PYTEST) -q -m "not realstore and not slow and not browser and not targets"
 
 check-style: $(STAMP)
 	$(BIN)/ruff format --check .

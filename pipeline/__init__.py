@@ -28,7 +28,7 @@ The way of one image, a file for each step:
 and what may be asked of what came out (ask.py has the commands):
 
     embeddings.py   committed embeddings, file by file; index.py, search.py, duplicates.py, sheet.py build on it
-    few_shot.py     a few labels -> a classifier; linear_probe.py writes its labels for all rows; derived.py: where
+    few_shot.py     a few labels -> a classifier; linear_probe.py, mirror.py: its labels for all rows; derived.py: where
     evaluate.py     a column that says what is true -> how right the model is; judge.py counts
 """
 

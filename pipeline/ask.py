@@ -133,16 +133,15 @@ def _search(arguments: argparse.Namespace) -> int:
 
 def _sheet(arguments: argparse.Namespace, vectors: Any, answer: Any) -> None:
     """Written beside, then renamed: the file is the user's own, and may be there from an earlier search."""
-    from pipeline.sheet import sheet
-    from pipeline.thumbnails import for_sheet, of_file
+    from pipeline.sheet import picture_of_file, pictures_of, sheet
 
     path = Path(arguments.html or "img2parquet-search.html")
     if path.suffix.lower() not in (".html", ".htm"):
         raise InputError(f"--html {path}: give a name that ends in .html")
     what = f"Rows like {arguments.image or arguments.key}"
     about = f"model {vectors.model}, {len(answer.hits)} nearest of {answer.compared:,} rows by cosine ({answer.how})"
-    query = of_file(vectors.output.store, arguments.image) if arguments.image else None
-    text = sheet(what, about, answer.hits, for_sheet(vectors, answer.hits), query)
+    query = picture_of_file(vectors.output.store, arguments.image) if arguments.image else None
+    text = sheet(what, about, answer.hits, pictures_of(vectors, answer.hits), query)
     try:
         beside = path.with_name(f".{path.name}.{os.getpid()}")
         beside.write_text(text, encoding="utf-8")
@@ -189,8 +188,10 @@ def _probe(arguments: argparse.Namespace) -> int:
     say(f"written    {made.rows:,} rows to model={made.model}, {made.parts_now} of {made.parts} parts now")
     for name in made.left_out:
         say(f"left out   the kept column `{name}`, whose name the probe's own has")
-    if made.retried_files:
-        say(f"not these  rows that retries won, in {made.retried_files} files: they are not labelled")
+    if made.retry_files:
+        say(f"retries    the rows that they won are among these, in {made.retry_files} files")
+    if made.retry_files_left:
+        say(f"not yet    rows of a retry in {made.retry_files_left} files; run the same command when it has ended")
     if made.parts_left:
         say(f"not yet    {made.parts_left} parts are not committed; run the same command when they are")
     return DONE

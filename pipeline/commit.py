@@ -96,7 +96,7 @@ class Output:
             data = encode_plan(make_plan())
             if self.put_once(PLAN, data) == "done":
                 data = self.store.read(join(self.uri, PLAN))
-        plan = decode_plan(data)
+        plan = self._decoded(data)
         check_same_run(plan, identities, self.uri)
         return plan, plan_hash(data)
 
@@ -115,12 +115,27 @@ class Output:
         return stored
 
     def run_record(self) -> dict[str, Any] | None:
+        """_run.json. Raises StorageError where it is damaged."""
         data = self.read(RUN)
-        return None if data is None else json.loads(data)
+        try:
+            record: dict[str, Any] | None = None if data is None else json.loads(data)
+            return record
+        except ValueError as error:
+            raise StorageError(f"{join(self.uri, RUN)}: cannot be read: {error}") from None
 
     def stored_plan(self) -> Plan | None:
+        """The frozen plan, where there is one. Raises StorageError where it is damaged."""
         data = self.read(PLAN)
-        return None if data is None else decode_plan(data)
+        return None if data is None else self._decoded(data)
+
+    def _decoded(self, plan: bytes) -> Plan:
+        try:
+            return decode_plan(plan)
+        except (pa.ArrowException, LookupError, TypeError, ValueError) as error:
+            what = (str(error).splitlines() or [type(error).__name__])[0]
+            raise StorageError(
+                f"{join(self.uri, PLAN)}: cannot be read: {what}", hint="put back the file that the run wrote"
+            ) from None
 
     def files(self) -> dict[str, Entry]:
         """Everything here, by its name below the output's folder. One listing."""

@@ -2,6 +2,8 @@
 
 OUT/model=<name>/part-<index>-<id>.parquet   one for each part of the partition that it was made from
 OUT/_derived/<name>/                         its own _plan.parquet, _run.json, _manifest.parquet, _SUCCESS, ...
+
+Where a retry added rows to the first, the same generation of the second mirrors it, in files and records so named.
 """
 
 from __future__ import annotations
@@ -10,7 +12,7 @@ import re
 from collections.abc import Collection, Iterator, Mapping
 
 from pipeline.commit import PLAN, Output, is_visible, model_of
-from pipeline.generations import History, read_history
+from pipeline.generations import History, RetryPlan, read_history
 from pipeline.plan import Plan
 from pipeline.storage import join
 
@@ -28,17 +30,23 @@ def derived_names(files: Collection[str]) -> list[str]:
     return sorted(match[1] for name in files if (match := PLACE.fullmatch(name)))
 
 
-def derived_plan(output: Output, name: str) -> Plan | None:
-    return records_of(output, name).stored_plan()
+def derived_history(output: Output, name: str, files: Collection[str]) -> History | None:
+    """The plans of a derived partition. files: everything in the output. Raises RunMismatch for a later one that is
+    missing."""
+    records, start = records_of(output, name), f"{FOLDER}/{name}/"
+    plan = records.stored_plan()
+    if plan is None:
+        return None
+    return read_history(records, plan, [file.removeprefix(start) for file in files if file.startswith(start)])
 
 
 def history_with(output: Output, plan: Plan, model: str | None, files: Collection[str]) -> History:
     """The plans that `model` belongs to: the output's own and its later generations', or that of a derived partition of
     this name. Raises RunMismatch for a later plan that is missing."""
     if model is not None and model not in plan.identities and model in derived_names(files):
-        derived = derived_plan(output, model)
+        derived = derived_history(output, model, files)
         if derived is not None:
-            return History(derived)
+            return derived
     return read_history(output, plan, files)
 
 
@@ -48,13 +56,14 @@ def are_derived(files: Collection[str]) -> set[str]:
     return {name for name in files if is_visible(name) and name.startswith("model=") and model_of(name) in names}
 
 
-def mirror_problems(plan: Plan, keys: Mapping[str, Mapping[str, list[str]]]) -> Iterator[str]:
-    """Where a derived part's rows are not those of the part that it was made from. keys: by file name and shard."""
-    for model, identity in plan.identities.items():
-        source = identity.get("source")
-        names = [] if source is None else plan.names[model]
-        for part, name in zip(plan.parts, names, strict=False):
-            assert source is not None
-            origin = f"model={source['model']}/part-{part.index:06d}-{part.id(source['identity'])}.parquet"
+def mirror_problems(history: History, keys: Mapping[str, Mapping[str, list[str]]]) -> Iterator[str]:
+    """Where a derived file's rows are not those of the one that it was made from. keys: by file name and shard."""
+    for plan in (history.plan, *history.later):
+        for model, part, name in plan.files():
+            source = plan.identities[model].get("source")
+            if source is None:
+                continue
+            suffix = f"-retry{plan.generation}" if isinstance(plan, RetryPlan) else ""
+            origin = f"model={source['model']}/part-{part.index:06d}-{part.id(source['identity'])}{suffix}.parquet"
             if name in keys and origin in keys and keys[name] != keys[origin]:
                 yield f"{name}: its keys are not those of {origin}, which it was made from"

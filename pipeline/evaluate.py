@@ -11,8 +11,8 @@ Shapes: K classes, H W a map.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -23,7 +23,7 @@ import pyarrow.dataset as ds
 
 from pipeline.commit import PLAN, Output
 from pipeline.derived import history_with
-from pipeline.errors import InputError, PartFailed, nearest
+from pipeline.errors import InputError, PartFailed, StorageError, nearest
 from pipeline.generations import History
 from pipeline.job import JobSpec
 from pipeline.judge import JUDGES, Judge, Task
@@ -127,20 +127,36 @@ def evaluate_files(
     if not names:
         raise InputError(f"{output.uri}: nothing of model `{task.model}` is committed yet")
     judge = JUDGES[task.kind](task, truth)
+    rows = without = 0
+    with telling_damage(output.uri):
+        for batch in _batches(output, names, truth, task):
+            present = batch.filter(batch.column(truth).is_valid())
+            rows, without = rows + present.num_rows, without + batch.num_rows - present.num_rows
+            _judge(judge, present, truth, task, output.uri)
+    if not rows:
+        raise InputError(f"{output.uri}: no row of model `{task.model}` has a value in `{truth}`")
+    return evaluation(output.uri, task, truth, judge, rows, without)
+
+
+def _batches(output: Output, names: Sequence[str], truth: str, task: Task) -> Iterator[pa.RecordBatch]:
+    """Three columns of these files, in order."""
     filesystem, root = output.store.arrow_filesystem(output.uri)
     dataset = ds.dataset([f"{root}/{name}" for name in names], format="parquet", filesystem=filesystem)
     _require(dataset.schema, truth, output.uri, task)
-    rows = without = 0
-    scanner = dataset.scanner(
-        columns=["key", truth, task.column], batch_size=ROWS_AT_ONCE, batch_readahead=2, fragment_readahead=1
-    )
-    for batch in scanner.to_batches():
-        present = batch.filter(batch.column(truth).is_valid())
-        rows, without = rows + present.num_rows, without + batch.num_rows - present.num_rows
-        _judge(judge, present, truth, task, output.uri)
-    if not rows:
-        raise InputError(f"{output.uri}: no row of model `{task.model}` has a value in `{truth}`")
-    return _evaluation(output.uri, task, truth, judge, rows, without)
+    columns = ["key", truth, task.column]
+    options = {"batch_size": ROWS_AT_ONCE, "batch_readahead": 2, "fragment_readahead": 1}
+    yield from dataset.scanner(columns=columns, **options).to_batches()
+
+
+@contextmanager
+def telling_damage(uri: str) -> Iterator[None]:
+    """Raises StorageError for a committed file that is damaged, which Arrow's own words name."""
+    try:
+        yield
+    except (pa.ArrowException, OSError) as error:
+        what = (str(error).splitlines() or [type(error).__name__])[0]
+        hint = f"`img2parquet verify {uri}` lists all that is wrong"
+        raise StorageError(f"{uri}: a committed file cannot be read: {what}", hint=hint) from None
 
 
 def scores_by_truth(job: JobSpec, output: Output, history: History) -> dict[str, dict[str, float]]:
@@ -163,9 +179,12 @@ def _judge(judge: Judge, batch: pa.RecordBatch, truth: str, task: Task, uri: str
         judge.add(batch.column("key").to_pylist(), batch.column(truth), batch.column(task.column))
     except PartFailed as error:  # a part's reader may fail so; here it is the user's choice of a column
         raise InputError(f"{uri}: {error.message}", known=error.known, hint=error.hint) from None
+    except ValueError as error:
+        raise InputError(f"{uri}: column `{task.column}` cannot be read: {error}") from None
 
 
-def _evaluation(uri: str, task: Task, truth: str, judge: Judge, rows: int, without: int) -> Evaluation:
+def evaluation(uri: str, task: Task, truth: str, judge: Judge, rows: int, without: int) -> Evaluation:
+    """What a judge has counted, as numbers. rows: with a truth; without: those that have none."""
     counts = judge.confusion
     classes = tuple(_class_scores(counts, task))
     is_mask = task.kind == "mask"

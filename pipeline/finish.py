@@ -165,7 +165,7 @@ def encode_manifest(counting: Counting, files: Mapping[str, Entry], meter: Mappi
     """One row for each file, sorted by name."""
     order = sorted(range(len(counting.files)), key=counting.files.__getitem__)
     names = [counting.files[i] for i in order]
-    parts, rows_in, rows = zip(*(counting.counts[i] for i in order), strict=True)
+    parts, rows_in, rows = ([counting.counts[i][place] for i in order] for place in range(3))
     columns = [
         names, [model_of(name) for name in names], parts, rows_in, rows,
         [came - left for came, left in zip(rows_in, rows, strict=True)], [files[name].size_bytes for name in names],

@@ -20,6 +20,7 @@ from pipeline.outputs.segmentation import class_ids
 from pipeline.outputs.truth import IGNORED, Place, class_id, class_map
 
 BINS = 15
+MOST_PIXELS = 64_000_000  # of a mask
 KINDS = {"labels": "labels", "logits": "labels", "segmentation": "mask", "visual_tokens": "visual_tokens"}
 PREFERENCE = ("logits", "labels", "segmentation", "visual_tokens")  # logits hold every class
 Ints = npt.NDArray[np.int64]
@@ -186,13 +187,29 @@ def _of_logits(said: pa.Array) -> Iterator[tuple[list[int], list[float]]]:
         yield ids.tolist(), (exp_K[ids] / exp_K.sum()).tolist()
 
 
-def read_mask(value: Any) -> Ints:
-    """A PNG of class ids, or COCO run lengths of each class, to ids (H, W)."""
-    if isinstance(value, bytes):
-        with Image.open(io.BytesIO(value)) as image:
-            ids_HW: Ints = np.asarray(image).astype(np.int64)
-            return ids_HW
-    return class_ids(value, nowhere=0)
+def read_mask(value: Any, nowhere: int = 0) -> Ints:
+    """A PNG of class ids, or COCO run lengths of each class, to ids (H, W). `nowhere`: of pixels that no run covers.
+
+    Raises ValueError for what is no mask, or is past MOST_PIXELS."""
+    try:
+        if isinstance(value, bytes):
+            with Image.open(io.BytesIO(value), formats=["PNG"]) as image:
+                _check_size(image.height, image.width)
+                if image.mode not in ("L", "P", "1", "I", "I;16"):
+                    raise ValueError(f"a PNG of mode {image.mode} holds colours, not class ids")
+                ids_HW: Ints = np.asarray(image).astype(np.int64)
+                return ids_HW
+        if not value:
+            raise ValueError("no run lengths")
+        _check_size(*value[0]["size"])
+        return np.ascontiguousarray(class_ids(value, nowhere))
+    except (OSError, SyntaxError, LookupError, TypeError, Image.DecompressionBombError) as error:
+        raise ValueError(f"this is no mask: {error}") from None
+
+
+def _check_size(height: int, width: int) -> None:
+    if not 0 < height * width <= MOST_PIXELS:
+        raise ValueError(f"a mask of {width} x {height} pixels")
 
 
 def _as_large(ids_HW: Ints, shape: tuple[int, ...]) -> Ints:

@@ -12,8 +12,9 @@ import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 
 from pipeline.commit import PLAN, SUCCESS, Footer, Output
-from pipeline.derived import history_with
+from pipeline.derived import derived_names, history_with
 from pipeline.errors import InputError, nearest
+from pipeline.evaluate import telling_damage
 from pipeline.finish import Counting
 from pipeline.generations import (
     REJECT_SCHEMA,
@@ -34,7 +35,7 @@ def open_results(uri: str, model: str | None = None, **storage_options: Any) -> 
     """A pyarrow dataset over the committed files of one model, retries' too, with `model` as partition column.
 
     `model` may be left out where the output has one model, or several with the same columns.
-    Raises InputError where there are none."""
+    Raises InputError where there are none, StorageError where the first is damaged."""
     output = _output(uri, storage_options)
     plan = _plan(output)
     there = output.files()
@@ -42,19 +43,20 @@ def open_results(uri: str, model: str | None = None, **storage_options: Any) -> 
     plan = history.plan
     committed = {m: [name for name in names if name in there] for m, names in history.names.items()}
     if model is not None and model not in plan.identities:
-        known = sorted(plan.identities)
+        known = [*sorted(plan.identities), *derived_names(there)]
         raise InputError(f"{uri}: no model `{model}`", known=known, hint=nearest(model, known))
     wanted = [name for m in sorted(committed) if model in (None, m) for name in committed[m]]
     if not wanted:
         raise InputError(f"{uri}: nothing is committed yet", known=[m for m, names in committed.items() if names])
     filesystem, root = output.store.arrow_filesystem(output.uri)
-    return ds.dataset(
-        [f"{root}/{name}" for name in wanted],
-        format="parquet",
-        filesystem=filesystem,
-        partitioning=ds.partitioning(pa.schema([("model", pa.string())]), flavor="hive"),
-        partition_base_dir=root,
-    )
+    with telling_damage(output.uri):
+        return ds.dataset(
+            [f"{root}/{name}" for name in wanted],
+            format="parquet",
+            filesystem=filesystem,
+            partitioning=ds.partitioning(pa.schema([("model", pa.string())]), flavor="hive"),
+            partition_base_dir=root,
+        )
 
 
 def read_rejects(uri: str, *, superseded: bool = False, **storage_options: Any) -> pa.Table:

@@ -1,13 +1,21 @@
-"""The rows that a search found to one HTML file: opens from disk, asks no network, whatever the keys hold is text."""
+"""The rows that a search found to one HTML file: opens from disk, asks no network, whatever the keys hold is text.
+
+Their thumbnails are fetched from the source shards; a row whose image is not to be had stands there without one.
+"""
 
 from __future__ import annotations
 
 import base64
 import html
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
-from pipeline.embeddings import Found
-from pipeline.errors import printable
+from pipeline.embeddings import Found, Vectors, part_index
+from pipeline.errors import Img2ParquetError, printable
+from pipeline.source_images import Place, find, open_source
+from pipeline.storage import Store
+from pipeline.thumbnails import thumb
+
+LONGER_PX = 224  # of a thumbnail
 
 PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
@@ -43,10 +51,10 @@ def sheet(
     title: str,
     subtitle: str,
     hits: Sequence[Found],
-    pictures: Mapping[tuple[str, str], bytes],
+    pictures: Mapping[Place, bytes],
     query: bytes | None = None,
 ) -> str:
-    """hits, best first; pictures: JPEGs by (shard, key), and of the query. A row without one says so."""
+    """hits, best first; pictures: WebPs by (shard, key), and of the query. A row without one says so."""
     figures = [
         FIGURE.format(
             picture=_picture(pictures.get((hit.shard, hit.key)), hit.key),
@@ -67,10 +75,31 @@ def sheet(
     )
 
 
-def _picture(jpeg: bytes | None, name: str) -> str:
-    if jpeg is None:
+def pictures_of(vectors: Vectors, rows: Iterable[Found]) -> dict[Place, bytes]:
+    """Thumbnails of rows of an output, of those that could be had; none where its record, or its input, is gone."""
+    wanted: dict[int, set[Place]] = {}
+    for row in rows:
+        wanted.setdefault(part_index(row.part), set()).add((row.shard, row.key))
+    try:
+        source = open_source(vectors.output.run_record() or {}, vectors.output.store.options)
+    except Img2ParquetError:
+        return {}
+    parts = {part.index: part for part in vectors.plan.parts}
+    # what could not be read is counted on the sheet
+    found = find(source, parts, wanted, note=lambda text: None)
+    return {place: made.data for place, image in found if (made := thumb(image, LONGER_PX))}
+
+
+def picture_of_file(store: Store, uri: str) -> bytes | None:
+    """A thumbnail of one image file, or None."""
+    made = thumb(store.read(uri), LONGER_PX)
+    return made.data if made else None
+
+
+def _picture(webp: bytes | None, name: str) -> str:
+    if webp is None:
         return '<div class="none">no thumbnail</div>'
-    return f'<img alt="{_text(name)}" src="data:image/jpeg;base64,{base64.b64encode(jpeg).decode()}">'
+    return f'<img alt="{_text(name)}" src="data:image/webp;base64,{base64.b64encode(webp).decode()}">'
 
 
 def _text(text: str) -> str:

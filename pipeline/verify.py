@@ -31,7 +31,7 @@ from pipeline.commit import (
     model_of,
     parse_footer,
 )
-from pipeline.derived import are_derived, derived_names, mirror_problems, records_of
+from pipeline.derived import are_derived, derived_history, derived_names, mirror_problems, records_of
 from pipeline.errors import InputError, NotFound, RunMismatch, StorageError
 from pipeline.finish import Counting
 from pipeline.generations import History, RetryPlan, Standing, of_generation, read_history
@@ -96,15 +96,15 @@ def _check_derived(output: Output, there: dict[str, Entry], good: dict[str, Chec
     for name in derived_names(there):
         records = records_of(output, name)
         try:
-            plan = records.stored_plan()
-        except UNREADABLE as error:
-            yield f"{records.uri}/{PLAN}: cannot be read: {_first_line(error)}"
+            history = derived_history(output, name, there)
+        except (*UNREADABLE, RunMismatch) as error:
+            yield f"{records.uri}: its plans cannot be read: {_first_line(error)}"
             continue
-        assert plan is not None, "it was listed"
+        assert history is not None, "it was listed"
         files = {file: there[file] for file in are_derived(there) if model_of(file) == name}
-        problems, own = _check_run(output, records, History(plan), files)
+        problems, own = _check_run(output, records, history, files)
         yield from problems
-        yield from mirror_problems(plan, {file: checked.keys for file, checked in (good | own).items()})
+        yield from mirror_problems(history, {file: checked.keys for file, checked in (good | own).items()})
 
 
 def _check_run(

@@ -19,7 +19,7 @@ from pipeline.index import build, open_index
 from pipeline.linear_probe import probe
 from pipeline.results import open_results
 from pipeline.search import search
-from pipeline.thumbnails import for_sheet
+from pipeline.sheet import pictures_of
 from pipeline.verify import verify
 from tests.small import jpeg, make_checkpoint
 from tests.test_retry import put, put_input, table_job
@@ -60,25 +60,33 @@ def test_thumbnails_and_duplicates_of_retried_rows(retried: tuple[str, str], tmp
     uri, key = retried
     vectors = open_vectors(uri)
     hits = search(vectors, vectors.vector(key)[1], 3).hits
-    assert len(for_sheet(vectors, hits)) == 3  # listed images, one of which the first run did not have
+    assert len(pictures_of(vectors, hits)) == 3  # listed images, one of which the first run did not have
     found = duplicates(vectors, str(tmp_path / "dups.parquet"), 0.9999999)
     assert found.rows == 18 and found.largest >= 3
 
 
-def test_a_probe_labels_the_plans_rows_and_says_what_it_left(
+def parities(uri: str, to: Path) -> list[dict[str, object]]:
+    """A CSV that says of each row whether its number is odd; the rows."""
+    rows = sorted(open_results(uri).to_table(columns=["key", "n"]).to_pylist(), key=lambda row: row["n"])
+    with to.open("w", newline="") as file:
+        csv.writer(file).writerows([("key", "label"), *((row["key"], str(row["n"] % 2)) for row in rows)])
+    return rows
+
+
+def test_a_probe_labels_what_retries_won_too(
     retried: tuple[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     uri, late = retried
-    rows = sorted(open_results(uri).to_table(columns=["key", "n"]).to_pylist(), key=lambda row: row["n"])
-    path = tmp_path / "labels.csv"
-    with path.open("w", newline="") as file:
-        csv.writer(file).writerows([("key", "label"), *((row["key"], str(row["n"] % 2)) for row in rows)])
-    assert late in {row["key"] for row in rows}
-    made = probe(uri, str(path))
-    assert (made.rows, made.parts_now, made.parts_left, made.retried_files) == (16, 4, 0, 3)
+    rows = parities(uri, tmp_path / "labels.csv")
+    made = probe(uri, str(tmp_path / "labels.csv"))
+    assert (made.rows, made.parts_now, made.parts_left) == (18, 7, 0)
+    assert (made.retry_files, made.retry_files_left) == (3, 0)
+    labelled = open_results(uri, "tiny+probe").to_table(columns=["key", "n", "labels"]).to_pylist()
+    assert sorted(row["key"] for row in labelled) == sorted(row["key"] for row in rows) and late
     assert verify(Output.at(uri)) == []
-    assert main(["probe", uri, "--labels", str(path)]) == 0
-    assert "rows that retries won, in 3 files" in capsys.readouterr().out
+    assert main(["probe", uri, "--labels", str(tmp_path / "labels.csv")]) == 0  # nothing is left
+    assert "18 rows to model=tiny+probe, 0 of 4 parts now" in (out := capsys.readouterr().out)
+    assert "in 3 files" in out
 
 
 def test_evaluation_counts_retried_rows(retried: tuple[str, str]) -> None:

@@ -36,6 +36,8 @@ LAYERS = [
     {"local", "cluster"},
     {"sample"},  # some images of a plan
     {"derived", "judge"},  # partitions made from others; what a truth says of a row
+    # partitions made from others; what a truth says of a row; rows -> their images, small
+    {"derived", "judge", "source_images", "thumbnails"},
     {"losses", "finish", "session", "evaluate"},
     {"driver", "measure"},  # a job; a sample of one
     {"retrying"},
@@ -43,7 +45,8 @@ LAYERS = [
     {"embeddings"},
     {"report", "exports"},
     {"index", "embed_image", "few_shot", "label_file"},
-    {"search", "duplicates", "thumbnails", "sheet", "linear_probe"},
+    {"mirror"},  # labels for each file of a model
+    {"search", "duplicates", "sheet", "linear_probe"},
     {"ask", "look"},  # commands: on finished outputs; those that change nothing
     {"cli"},
 ]
@@ -63,10 +66,10 @@ HEAVY = {
     "pyarrow": {"schema", "storage", "read", "outputs", "plan", "batch", "embed", "write", "commit", "cluster"}
     | {"results", "verify", "losses", "finish", "session", "forward", "apart", "actors"}
     | {"generations", "retrying", "report", "exports", "vectors"}
-    | {"embeddings", "duplicates", "evaluate", "judge", "label_file", "linear_probe", "sample"},
+    | {"embeddings", "duplicates", "evaluate", "judge", "label_file", "linear_probe", "mirror", "sample"},
     "fsspec": {"storage"},
     "s3fs": {"storage"},
-    "pydantic": {"job", "read", "outputs", "report"},
+    "pydantic": {"job", "read", "outputs", "source_images"},
     "jinja2": {"report"},
     "umap": {"report"},
     "yaml": {"job"},

@@ -17,8 +17,7 @@ from pipeline.embed_image import embed_image
 from pipeline.embeddings import Found, Nearest, open_vectors
 from pipeline.errors import CheckpointError, InputError
 from pipeline.search import search
-from pipeline.sheet import sheet
-from pipeline.thumbnails import for_sheet
+from pipeline.sheet import pictures_of, sheet
 from tests.finished import copy_of, part_paths, rows_of, small_run
 from tests.small import make_checkpoint
 
@@ -129,11 +128,11 @@ def test_the_sheet_has_thumbnails_of_the_source_images(out: str, tmp_path: Path)
     image = image_of(rows_of(out)[30]["key"], tmp_path / "q.jpg")
     assert main(["search", out, "--image", image, "-k", "8", "--html", str(page)]) == 0
     found = Reader(page.read_text())
-    assert len(found.loads) == 9 and all(load.startswith("data:image/jpeg;base64,") for load in found.loads)
+    assert len(found.loads) == 9 and all(load.startswith("data:image/webp;base64,") for load in found.loads)
     assert "script" not in found.tags and "without a thumbnail" not in found.text
     vectors = open_vectors(out)
     hits = search(vectors, vectors.vector(rows_of(out)[30]["key"])[1], 3).hits
-    pictures = for_sheet(vectors, hits)
+    pictures = pictures_of(vectors, hits)
     row = rows_of(out)[30]
     assert Image.open(io.BytesIO(pictures[row["shard"], row["key"]])).size == (row["width"], row["height"])
     assert main(["search", out, "--key", row["key"], "--html", str(page)]) == 0  # the user's file, written again
@@ -142,7 +141,7 @@ def test_the_sheet_has_thumbnails_of_the_source_images(out: str, tmp_path: Path)
 
 def test_hostile_keys_stay_text() -> None:
     key = "<img src=x onerror=alert(1)>\"'&\x1b[31m\u202e\n</figcaption><script>alert(1)</script>"
-    page = sheet(f"Rows like {key}", "about", [Found(key, key, 0.5, 0, 0)], {(key, key): b"jpeg"})
+    page = sheet(f"Rows like {key}", "about", [Found(key, key, 0.5, 0, 0)], {(key, key): b"webp"})
     found = Reader(page)
     assert "script" not in found.tags and found.tags.count("img") == 1
     assert "<script>alert(1)</script>" in found.text and "\x1b" not in page and "\u202e" not in page

@@ -11,8 +11,9 @@ import pyarrow as pa
 import pyarrow.dataset as ds
 
 from pipeline.commit import PLAN, Output
+from pipeline.derived import derived_names, history_with
 from pipeline.errors import InputError, nearest
-from pipeline.generations import read_history
+from pipeline.evaluate import telling_damage
 from pipeline.results import open_results
 from pipeline.storage import Store
 from pipeline.vectors import is_vector
@@ -42,12 +43,15 @@ class Source:
         plan = output.stored_plan()
         if plan is None:
             raise InputError(f"{output.uri}: no {PLAN} here, so this is no output of img2parquet")
-        models = sorted(plan.identities)
+        models, files = sorted(plan.identities), output.files()
         if model is None and len(models) > 1:
-            raise InputError(f"{output.uri} has several models: name one with --model", known=models)
+            known = models + derived_names(files)
+            raise InputError(f"{output.uri} has several models: name one with --model", known=known)
         model = model or models[0]
         dataset = open_results(uri, model, **storage_options)
-        kinds = {out.get("name", out["kind"]): out["kind"] for out in plan.identities[model].get("outputs", [])}
+        history = history_with(output, plan, model, files)
+        outputs = history.plan.identities[model].get("outputs", [])
+        kinds = {out.get("name", out["kind"]): out["kind"] for out in outputs}
         return cls(
             uri=output.uri,
             store=store,
@@ -56,7 +60,7 @@ class Source:
             fields=_chosen(output.uri, dataset.schema, columns),
             kinds=kinds,
             parts=len(dataset.files),
-            parts_planned=len(read_history(output, plan, output.files()).names[model]),
+            parts_planned=len(history.names[model]),
         )
 
     @property
@@ -112,10 +116,11 @@ class Source:
 
     def _batches_of(self, fragment: Any, rows: int, names: list[str]) -> Iterator[pa.RecordBatch]:
         options = {"batch_size": rows, "batch_readahead": 2, "fragment_readahead": 1, "columns": names}
-        for batch in fragment.to_batches(schema=self.dataset.schema, **options):
-            self.rows_read += batch.num_rows
-            if batch.num_rows:
-                yield batch
+        with telling_damage(self.uri):
+            for batch in fragment.to_batches(schema=self.dataset.schema, **options):
+                self.rows_read += batch.num_rows
+                if batch.num_rows:
+                    yield batch
 
 
 def is_labels(field: pa.Field) -> bool:

@@ -5,8 +5,7 @@
     likeness.py  embeddings -> map, neighbours, near-duplicates
     accuracy.py  predictions against a truth column
     masks.py     masks -> overlays and their legend
-    find.py      rows -> their images, from the source shards, within a budget of bytes
-    thumbs.py    image bytes -> small WebP
+    pictures.py  which images are shown -> thumbnails, each fetched from its shard once
     sections.py  all of these -> what one model's section shows
     charts.py    numbers -> inline SVG
     page.py      everything -> one HTML file without a reference to anything outside it

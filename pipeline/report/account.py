@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import zlib
-from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -18,6 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.commit import METER, REJECTS, RUN, SUCCESS, Footer, Output, model_of, read_footer
+from pipeline.derived import derived_history, derived_names, records_of
 from pipeline.errors import Img2ParquetError, InputError, StorageError
 from pipeline.finish import Counting
 from pipeline.generations import History, of_generation, read_history
@@ -40,12 +40,15 @@ class Account:
     output: Output
     state: State
     history: History | None = None  # the plan, and those of retries
+    derived: Mapping[str, History] = field(default_factory=dict)  # partitions made from others, with their own plans
+    fitted: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # of these: how good the classifier is
     record: Mapping[str, Any] = field(default_factory=dict)  # _run.json
     files: Mapping[str, Entry] = field(default_factory=dict)
     rows_in: int | None = None
     rows_written: Mapping[str, int] = field(default_factory=dict)
     rejected: Mapping[str, int] | None = None  # images by reason
     losses: Mapping[str, float | None] = field(default_factory=dict)
+    scores: Mapping[str, Mapping[str, float]] = field(default_factory=dict)  # of all rows: `model.column` -> top1, ...
     rejects: list[dict[str, Any]] = field(default_factory=list)  # a few of each reason
     meters: list[dict[str, Any]] = field(default_factory=list)  # in the order of time
     notes: list[str] = field(default_factory=list)
@@ -57,12 +60,28 @@ class Account:
     @property
     def models(self) -> list[str]:
         if self.plan is not None:
-            return sorted(self.plan.identities)
+            return [*sorted(self.plan.identities), *self.derived]
         return sorted({model_of(name) for name in self.part_names if name.startswith("model=")} or {"(no model)"})
 
     @property
+    def identities(self) -> dict[str, Mapping[str, Any]]:
+        plans = [self.plan, *(history.plan for history in self.derived.values())]
+        return {name: identity for plan in plans if plan is not None for name, identity in plan.identities.items()}
+
+    def identity_hash(self, model: str) -> str:
+        plan = self.derived[model].plan if model in self.derived else self.plan
+        return plan.identity(model) if plan else ""
+
+    def names_of(self, model: str) -> list[str]:
+        """The files of one model, or of a partition that was derived from one; all files where there is no plan."""
+        if model in self.derived:
+            return [name for name in self.derived[model].names_by_part() if name in self.files]
+        return [name for name in self.part_names if self.plan is None or model_of(name) == model]
+
+    @property
     def part_names(self) -> list[str]:
-        """Parquet files with rows, by name; of a planned output only its own, of all generations."""
+        """Parquet files with rows, by name; of a planned output only its own, of all generations, without those of
+        derived partitions."""
         if self.history is not None:
             return [name for name in self.history.names_by_part() if name in self.files]
         hidden = (".", "_")
@@ -71,11 +90,12 @@ class Account:
 
     @property
     def parts_done(self) -> dict[str, int]:
-        return dict(Counter(model_of(name) for name in self.part_names))
+        return {model: len(self.names_of(model)) for model in self.models}
 
     @property
     def size_bytes(self) -> int:
-        return sum(self.files[name].size_bytes for name in self.part_names)
+        derived = [name for model in self.derived for name in self.names_of(model)]
+        return sum(self.files[name].size_bytes for name in [*self.part_names, *derived])
 
     def note(self, text: str) -> None:
         text = names_in(text).strip()
@@ -104,7 +124,29 @@ def read_account(uri: str, storage_options: Mapping[str, Any]) -> Account:
     )
     account.meters = list(_meters(account))
     _count(account)
+    _read_derived(account)
     return account
+
+
+def _read_derived(account: Account) -> None:
+    """Plans, totals and classifiers of the partitions that were made from this output's rows."""
+    output, derived, fitted = account.output, dict(account.derived), dict(account.fitted)
+    for name in derived_names(account.files):
+        read = partial(derived_history, output, name, account.files)
+        history = _tried(account, read, f"the plans of {name} cannot be read")
+        if history is None:
+            continue
+        derived[name], records = history, records_of(output, name)
+        success = partial(records.success, of_generation(SUCCESS, history.generation))
+        totals = _tried(account, success, f"the totals of {name} cannot be read")
+        if totals:
+            account.rows_written = {**account.rows_written, **totals["rows_written"]}
+        else:
+            account.note(f"{name} has no labels for some of the rows yet: `img2parquet probe` goes on.")
+        fitted[name] = (_tried(account, records.run_record, f"the record of {name} cannot be read") or {}).get(
+            "report", {}
+        )
+    account.derived, account.fitted = derived, fitted
 
 
 def _count(account: Account) -> None:
@@ -115,7 +157,7 @@ def _count(account: Account) -> None:
     account.state = "complete" if totals else "unfinished" if account.part_names else "empty"
     if totals:
         _take(account, totals)
-        account.losses = totals.get("losses", {})
+        account.losses, account.scores = totals.get("losses", {}), totals.get("scores", {})
         account.rejects = _tried(account, lambda: _stored_rejects(account), "the rejects cannot be read") or []
     elif account.state == "empty":
         account.note("Nothing is committed yet: the job was planned, and has not finished its first part.")

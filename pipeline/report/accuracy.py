@@ -1,50 +1,107 @@
-"""Predictions of a sample against a truth column: top-1, top-k, per class, confusion, calibration; IoU of masks.
+"""A sample's rows against the columns that say what is true, judged as `evaluate` judges all rows -> what a page shows.
 
-The one place where the report judges: `judge` and `judge_masks` are all that the page knows of it.
+A truth that the judge cannot understand is left out and counted, where `evaluate` would refuse it.
 """
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
+
+from pipeline.errors import InputError, PartFailed
+from pipeline.evaluate import ClassScore, Evaluation, evaluation
+from pipeline.judge import JUDGES, Task
+from pipeline.outputs.labels import LABELS
 
 CLASSES_SHOWN = 16  # of the confusion matrix: the most frequent
-BINS = 10
 AGREES = 0.9  # a column whose values are class names this often is the truth, unasked
+MOST_FOREIGN_ID = 1 << 16
+NO_CLASS = "no class"  # every score was below the output's threshold
 
 
 @dataclass(frozen=True)
 class Judged:
-    """Shares in 0..1. `classes`: (name, rows, recall, precision), the most frequent first. `confusion`: names of the
-    classes shown, with `others` last where there are more, and counts (true, predicted). `bins`: (mean confidence,
-    accuracy, rows) of the filled bins."""
+    """`wrong`: places in the sample of rows whose first label is another. `names` and `confusion`: of the classes that
+    are shown, with `others` last where there are more; counts (true, predicted)."""
 
-    rows: int
-    without_truth: int
-    top1: float
-    topk: float
-    k: int
-    classes: list[tuple[str, int, float, float]]
+    found: Evaluation
+    wrong: frozenset[int]
+    not_understood: int
+    classes: list[ClassScore]  # that are in the truth, the most frequent first
     names: list[str]
     confusion: npt.NDArray[np.int64]
-    bins: list[tuple[float, float, int]]
-    calibration_error: float
+
+    @property
+    def bins(self) -> list[tuple[float, float, int]]:
+        return [(b.confidence, b.accuracy, b.rows) for b in self.found.calibration]
 
 
-@dataclass(frozen=True)
-class JudgedMasks:
-    """`classes`: (class id, IoU, pixels of truth) of the classes that are in either."""
+def judge(table: pa.Table, task: Task, truth: str, rows: Iterable[int] | None = None, uri: str = "") -> Judged:
+    """rows: which of the table's are looked at; default: all. Raises InputError where none has a truth that can be
+    understood."""
+    counting = JUDGES[task.kind](task, truth)
+    keys = table["key"].to_pylist() if "key" in table.column_names else list(map(str, range(table.num_rows)))
+    truths, said = table[truth].combine_chunks(), table[task.column].combine_chunks()
+    judged = without = 0
+    wrong: list[int] = []
+    mistakes: list[str] = []
+    for row in range(table.num_rows) if rows is None else rows:
+        if not truths[row].is_valid or not said[row].is_valid:
+            without += 1
+            continue
+        right, counted = counting.top1, counting.counted
+        try:
+            counting.add([str(keys[row])], truths.slice(row, 1), said.slice(row, 1))
+        except (PartFailed, ValueError) as error:
+            mistakes.append((str(error).splitlines() or [type(error).__name__])[0])
+            continue
+        judged += 1
+        if counting.counted > counted and counting.top1 == right:
+            wrong.append(row)
+    if not judged:
+        raise InputError(mistakes[0] if mistakes else f"no sampled row has a value in `{truth}`")
+    found = evaluation(uri, task, truth, counting, judged, without)
+    classes = sorted((c for c in found.classes if c.rows), key=lambda c: (-c.rows, c.id))
+    return Judged(found, frozenset(wrong), len(mistakes), classes, *_confusion(found))
 
-    masks: int
-    skipped: int
-    mean_iou: float
-    pixel_accuracy: float
-    classes: list[tuple[int, float, int]]
+
+def tasks_of(table: pa.Table, model: str, identity: Mapping[str, Any]) -> list[Task]:
+    """What of a sample can be judged: one output of each kind, in the order in which a job names them."""
+    first: dict[str, Task] = {}
+    for task in Task.of(model, identity):
+        if task.column in table.column_names:
+            first.setdefault(task.kind, task)
+    return list(first.values())
+
+
+def foreign_labels(
+    table: pa.Table, model: str, predictions: Sequence[Sequence[Mapping[str, Any]]]
+) -> tuple[pa.Table, Task]:
+    """Labels of files that no run of ours wrote, with ids: their own where they have such, else by the names' order."""
+    pairs = {(label.get("id"), str(label["name"])) for labels in predictions for label in labels}
+    names = _names_by_id(pairs)
+    ids = {name: id for id, name in enumerate(names)}
+    rows = [
+        [{"id": ids[str(x["name"])], "name": str(x["name"]), "score": float(x["score"])} for x in labels]
+        for labels in predictions
+    ]
+    column = "labels of the sample"
+    return table.append_column(column, pa.array(rows, LABELS)), Task(model, column, "labels", 0, names, -1, False)
+
+
+def _names_by_id(pairs: set[tuple[Any, str]]) -> tuple[str, ...]:
+    ids = [id for id, _ in pairs]
+    names = sorted({name for _, name in pairs})
+    whole = all(type(id) is int and 0 <= id < MOST_FOREIGN_ID for id in ids)
+    if not whole or len(set(ids)) < len(ids) or len(names) < len(ids):
+        return tuple(names)
+    by_id = dict(pairs)
+    return tuple(by_id.get(id, f"class {id}") for id in range(max(ids, default=-1) + 1))
 
 
 def guess_truth(columns: Iterable[tuple[str, Sequence[Any]]], names: set[str]) -> str | None:
@@ -56,88 +113,20 @@ def guess_truth(columns: Iterable[tuple[str, Sequence[Any]]], names: set[str]) -
     return None
 
 
-def judge(predictions: Sequence[Sequence[dict[str, Any]]], truth: Sequence[Any]) -> Judged | None:
-    """predictions: each row's labels, best first, with id, name and score. truth: a class name or id, or None.
-
-    None where no row has both."""
-    rows = [(p, true) for p, t in zip(predictions, truth, strict=True) if p and (true := _name(t, p)) is not None]
-    known = {str(label["id"]): label["name"] for p in predictions for label in p}
-    if not rows:
-        return None
-    by_id = not any(t in {label["name"] for p in predictions for label in p} for _, t in rows)
-    rows = [(p, known.get(t, t) if by_id else t) for p, t in rows]
-    first = [p[0]["name"] for p, _ in rows]
-    answers = [t for _, t in rows]
-    right = np.array([f == t for f, t in zip(first, answers, strict=True)])
-    found = [t in [label["name"] for label in p] for p, t in rows]
-    bins, error = _calibration(np.array([float(p[0]["score"]) for p, _ in rows]), right)
-    names, confusion = _confusion(answers, first)
-    return Judged(
-        rows=len(rows), without_truth=len(truth) - len(rows), top1=float(right.mean()), topk=float(np.mean(found)),
-        k=max(len(p) for p, _ in rows), classes=_per_class(answers, first), names=names, confusion=confusion,
-        bins=bins, calibration_error=error,
-    )  # fmt: skip
+def truths_named(identity: Mapping[str, Any]) -> Iterator[str]:
+    """Columns that a job itself names as the truth, for a loss."""
+    for output in identity.get("outputs", ()):
+        if isinstance(output, Mapping) and output.get("truth"):
+            yield str(output["truth"])
 
 
-def _name(truth: Any, prediction: Sequence[dict[str, Any]]) -> str | None:
-    return None if truth is None or truth == "" or isinstance(truth, float | bytes) else str(truth)
-
-
-def _per_class(true: list[str], first: list[str]) -> list[tuple[str, int, float, float]]:
-    of_truth, of_prediction = Counter(true), Counter(first)
-    hits = Counter(t for t, f in zip(true, first, strict=True) if t == f)
-    return [
-        (name, rows, hits[name] / rows, hits[name] / of_prediction[name] if of_prediction[name] else 0.0)
-        for name, rows in sorted(of_truth.items(), key=lambda item: (-item[1], item[0]))
-    ]
-
-
-def _confusion(true: list[str], first: list[str]) -> tuple[list[str], npt.NDArray[np.int64]]:
-    counts = Counter(true) + Counter(first)
-    names = [name for name, _ in sorted(counts.items(), key=lambda item: (-item[1], item[0]))]
-    shown = sorted(names[:CLASSES_SHOWN])
-    index = {name: i for i, name in enumerate(shown)}
-    others = len(names) > len(shown)
-    side = len(shown) + others
+def _confusion(found: Evaluation) -> tuple[list[str], npt.NDArray[np.int64]]:
+    seen = {score.id: score.rows + score.predicted for score in found.classes}
+    names = {score.id: score.name if score.id >= 0 else NO_CLASS for score in found.classes}
+    shown = sorted(sorted(seen, key=lambda id: (-seen[id], id))[:CLASSES_SHOWN], key=lambda id: (id < 0, names[id]))
+    index = {id: i for i, id in enumerate(shown)}
+    side = len(shown) + (len(seen) > len(shown))
     matrix = np.zeros((side, side), np.int64)
-    for t, f in zip(true, first, strict=True):
-        matrix[index.get(t, side - 1), index.get(f, side - 1)] += 1
-    return shown + (["others"] if others else []), matrix
-
-
-def _calibration(
-    scores: npt.NDArray[np.float64], right: npt.NDArray[np.bool_]
-) -> tuple[list[tuple[float, float, int]], float]:
-    """Reliability in equal bins of confidence, and the expected calibration error."""
-    place = np.minimum((scores * BINS).astype(int), BINS - 1)
-    bins = []
-    for b in range(BINS):
-        inside = place == b
-        if inside.any():
-            bins.append((float(scores[inside].mean()), float(right[inside].mean()), int(inside.sum())))
-    error = sum(abs(confidence - accuracy) * rows for confidence, accuracy, rows in bins) / max(1, len(scores))
-    return bins, error
-
-
-def judge_masks(
-    pairs: Iterable[tuple[npt.NDArray[np.int64] | None, npt.NDArray[np.int64] | None]], num_classes: int
-) -> JudgedMasks | None:
-    """pairs: predicted and true class ids (H, W); a class beyond the model's (255) is ignored. None without a pair of
-    one size."""
-    matrix, masks, skipped = np.zeros((num_classes, num_classes), np.int64), 0, 0
-    for ours, true in pairs:
-        if ours is None or true is None or ours.shape != true.shape:
-            skipped += 1
-            continue
-        valid = (true >= 0) & (true < num_classes) & (ours >= 0) & (ours < num_classes)
-        flat = true[valid] * num_classes + ours[valid]
-        matrix += np.bincount(flat, minlength=num_classes**2).reshape(num_classes, num_classes)
-        masks += 1
-    if not masks or not matrix.sum():
-        return None
-    hits, union = np.diag(matrix), matrix.sum(0) + matrix.sum(1) - np.diag(matrix)
-    there = union > 0
-    classes = [(int(k), float(hits[k] / union[k]), int(matrix[k].sum())) for k in np.flatnonzero(there)]
-    return JudgedMasks(
-        masks, skipped, float((hits[there] / union[there]).mean()), float(hits.sum() / matrix.sum()), classes
-    )
+    for (true, said), count in found.confusion.items():
+        matrix[index.get(true, side - 1), index.get(said, side - 1)] += count
+    return [names[id] for id in shown] + ["others"] * (side - len(shown)), matrix

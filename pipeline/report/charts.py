@@ -52,10 +52,11 @@ def steps(points: Sequence[tuple[float, float, float]], what: str) -> Markup:
 
 def confusion(names: Sequence[str], counts: npt.NDArray[np.int64]) -> Markup:
     """True classes down, predicted across; a cell's strength is its share of the row. Names stand at the rows; the
-    columns are numbered as these are."""
+    columns are numbered as these are. Counts that no cell has room for are percent of their row."""
     side, cell = len(names), 26
     margin = 46 + 6 * min(18, max(map(len, names)))
     rows = counts / np.maximum(1, counts.sum(1, keepdims=True))
+    numbers = counts if fits(counts) else np.rint(100 * rows).astype(np.int64)
     parts = []
     for i in range(side):
         middle = (i + 1) * cell + cell / 2 + 4
@@ -70,15 +71,20 @@ def confusion(names: Sequence[str], counts: npt.NDArray[np.int64]) -> Markup:
             parts.append(Markup('<g><rect class="cell {}" x="{}" y="{}" width="{}" height="{}" rx="3" '
                                 'fill-opacity="{}"/>{}<title>{}</title></g>').format(
                 kind, margin + j * cell + 1, (i + 1) * cell + 1, cell - 2, cell - 2,
-                f"{0.05 + 0.95 * share if counts[i, j] else 0.04:.3f}", _count(counts[i, j], i, j, cell, margin, share),
-                title))  # fmt: skip
+                f"{0.05 + 0.95 * share if counts[i, j] else 0.04:.3f}",
+                _count(numbers[i, j], i, j, cell, margin, share), title))  # fmt: skip
     size = (margin + side * cell, (side + 1) * cell)
     return Markup('<svg class="confusion" viewBox="0 0 {} {}" width="{}" role="img" aria-label="confusion matrix">'
                   "{}</svg>").format(*size, size[0], Markup("").join(parts))  # fmt: skip
 
 
+def fits(counts: npt.NDArray[np.int64]) -> bool:
+    """Whether the cells of a confusion matrix have room for its counts."""
+    return bool(counts.max(initial=0) <= 9999)
+
+
 def _count(count: int, i: int, j: int, cell: int, margin: int, share: float) -> Markup:
-    if not count or count > 9999:
+    if not count:
         return Markup("")
     return Markup('<text class="{}" x="{}" y="{}" text-anchor="middle">{}</text>').format(
         "on" if share > 0.55 else "off", margin + (j + 0.5) * cell, (i + 1) * cell + cell / 2 + 4, int(count)

@@ -13,9 +13,8 @@ import numpy.typing as npt
 import pyarrow as pa
 from PIL import Image
 
-from pipeline.outputs.segmentation import class_ids
+from pipeline.judge import read_mask
 
-MOST_PIXELS = 64_000_000
 # Okabe and Ito's colours and neighbours of them: told apart by most eyes, on light and on dark
 COLOURS = (
     "#4477aa", "#ee9944", "#228855", "#cc5566", "#aa66bb", "#66b8dd", "#b8a030", "#885533", "#d888b8", "#3a9e9e",
@@ -32,29 +31,13 @@ def colour(index: int) -> str:
 
 
 def ids(value: Any) -> npt.NDArray[np.int64] | None:
-    """A stored mask -> class ids (H, W); None for what is none, or is past MOST_PIXELS."""
+    """A stored mask, or one as `datasets` stores images, -> class ids (H, W), -1 of no class; None for what is none."""
+    if isinstance(value, Mapping):
+        value = value.get("bytes")
     try:
-        if isinstance(value, bytes):
-            return _from_png(value)
-        if isinstance(value, Mapping) and isinstance(value.get("bytes"), bytes):
-            return _from_png(value["bytes"])
-        return _from_runs(value) if isinstance(value, list) and value else None
-    except (OSError, ValueError, SyntaxError, LookupError, TypeError, Image.DecompressionBombError):
+        return read_mask(value, nowhere=-1)
+    except ValueError:
         return None
-
-
-def _from_png(data: bytes) -> npt.NDArray[np.int64] | None:
-    with Image.open(io.BytesIO(data), formats=["PNG"]) as image:
-        if image.width * image.height > MOST_PIXELS or image.mode not in ("L", "P", "1", "I", "I;16"):
-            return None
-        return np.asarray(image).astype(np.int64)
-
-
-def _from_runs(runs: list[dict[str, Any]]) -> npt.NDArray[np.int64] | None:
-    height, width = runs[0]["size"]
-    if not 0 < height * width <= MOST_PIXELS:
-        return None
-    return np.ascontiguousarray(class_ids(runs))
 
 
 def coloured(ids_HW: npt.NDArray[np.int64], longer_px: int) -> bytes:

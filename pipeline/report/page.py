@@ -15,6 +15,7 @@ from markupsafe import Markup
 
 from pipeline.errors import printable
 from pipeline.report import charts
+from pipeline.report.accuracy import Judged
 from pipeline.report.masks import colour
 from pipeline.report.sections import Section, Shown
 from pipeline.storage import name_of, names_in
@@ -30,8 +31,10 @@ def render(shown: Shown) -> str:
     environment = Environment(
         loader=FileSystemLoader(HERE), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    environment.filters.update(shown=visible, size=size, percent=percent, seconds=seconds, num=lambda n: f"{n:,}")
-    environment.globals.update(charts=charts, colour=colour, swatch=charts.swatch)
+    environment.filters.update(
+        shown=visible, size=size, percent=percent, share=share, seconds=seconds, num=lambda n: f"{n:,}"
+    )
+    environment.globals.update(charts=charts, colour=colour, swatch=charts.swatch, headline=headline)
     style, script = (Markup((HERE / name).read_text()) for name in ("page.css", "page.js"))
     return environment.get_template("page.html").render(
         mark=Markup(MARK),
@@ -110,6 +113,8 @@ def about(identity: Mapping[str, Any]) -> list[tuple[str, str]]:
     prepare = dict(identity.get("preprocess") or {})
     lines = [
         ("family", identity.get("family")),
+        ("made from", dict(identity.get("source") or {}).get("model")),
+        ("labels", str(identity.get("labels_sha256", ""))[:16]),
         ("weights", str(identity.get("weights", ""))[:16]),
         ("image size", dict(identity.get("config") or {}).get("image_size")),
         ("classes", len(dict(identity.get("config") or {}).get("id2label") or {}) or None),
@@ -147,6 +152,19 @@ def size(count: float) -> str:
 
 def percent(share: float, digits: int = 1) -> str:
     return f"{100 * share:.{digits}f} %"
+
+
+def share(value: float | None) -> str:
+    """Where there was nothing to divide by, there is no share."""
+    return "none" if value is None else percent(value)
+
+
+def headline(judged: Judged) -> tuple[float, str]:
+    """The one number that stands for a judgement, and what it is."""
+    found = judged.found
+    if found.task == "mask":
+        return found.mean_iou or 0.0, "mean IoU"
+    return found.top1 or 0.0, "top-1" if found.task == "labels" else "masked codes, top-1"
 
 
 def seconds(value: float) -> str:

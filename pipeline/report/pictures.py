@@ -7,10 +7,11 @@ from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
+from pipeline.errors import InputError
 from pipeline.report.account import Account
-from pipeline.report.find import Place, find, find_rejects, open_source
 from pipeline.report.sample import Sample
-from pipeline.report.thumbs import LARGE_PX, SMALL_PX, Thumb, thumb
+from pipeline.source_images import Place, find, find_rejects, open_source
+from pipeline.thumbnails import LARGE_PX, SMALL_PX, Thumb, thumb
 
 DECODERS = 2
 
@@ -41,20 +42,24 @@ def gather(account: Account, samples: Iterable[Sample], large: set[Place]) -> Pi
     """Small ones of every sampled row, large ones of those that stand in a gallery, and the rejects' where their bytes
     decode enough. Without shards none, and a note."""
     pictures = Pictures()
-    source = open_source(account)
-    wanted = _wanted(samples)
-    if source is None or account.plan is None:
+    if account.plan is None:
         return pictures
+    try:
+        source = open_source(account.record, account.output.store.options)
+    except InputError as error:
+        account.note(f"{error.message[0].upper()}{error.message[1:]}.")
+        return pictures
+    parts, wanted = {part.index: part for part in account.plan.parts}, _wanted(samples)
 
     def small(found: tuple[Place, bytes]) -> tuple[Place, Thumb | None]:
         place, image = found
         return place, thumb(image, LARGE_PX if place in large else SMALL_PX, salvage=True)
 
     with ThreadPoolExecutor(DECODERS, thread_name_prefix="thumbs") as pool:
-        for place, made in pool.map(small, find(account, source, wanted)):
+        for place, made in pool.map(small, find(source, parts, wanted, account.note)):
             if made is not None:
                 pictures.at[place] = pictures.add(made.data, (made.width, made.height))
-    for i, image in find_rejects(account, source, account.rejects):
+    for i, image in find_rejects(source, parts, account.rejects, account.note):
         made = thumb(image, LARGE_PX, salvage=True)
         if made is not None:
             pictures.of_rejects[i] = pictures.add(made.data, (made.width, made.height))

@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 
 from pipeline.commit import model_of, parse_name
 from pipeline.report.account import UNREADABLE, Account
+from pipeline.report.accuracy import truths_named
 from pipeline.schema import Part
 
 SEED = 6
@@ -35,11 +36,14 @@ class Columns:
     logits: str | None = None
     mask: str | None = None
     histogram: str | None = None
+    tokens: str | None = None  # codes of masked patches
+    truths: tuple[str, ...] = ()  # columns that the job itself names as the truth
     passthrough: tuple[str, ...] = ()
 
     @property
     def wanted(self) -> list[str]:
-        used = (self.labels, self.embedding, None if self.labels else self.logits, self.mask, self.histogram)
+        logits = None if self.labels else self.logits
+        used = (self.labels, self.embedding, logits, self.mask, self.histogram, self.tokens, *self.truths)
         return [name for name in used if name]
 
 
@@ -63,7 +67,7 @@ def read_samples(account: Account, rows: int, truth: str | None) -> list[Sample]
     """A sample of each model, of the same rows where they can be. Unreadable files become notes."""
     samples = []
     for model in account.models:
-        names = [name for name in account.part_names if model_of(name) == model or account.plan is None]
+        names = account.names_of(model)
         if names:
             samples.append(_sample(account, model, names, rows, truth))
     return [sample for sample in samples if sample is not None]
@@ -177,15 +181,21 @@ def tell(account: Account, model: str, schema: pa.Schema) -> Columns:
     histogram = f"{found['mask']}_histogram" if "mask" in found else ""
     taken = {*found.values(), histogram, "key", "shard", "width", "height", "warnings", "model"}
     simple = (f.name for f in schema if f.name not in taken and _is_simple(f.type))
-    return Columns(**found, histogram=histogram if histogram in schema.names else None, passthrough=tuple(simple)[:16])
+    identity = account.identities.get(model, {})
+    return Columns(
+        **found,
+        histogram=histogram if histogram in schema.names else None,
+        truths=tuple(name for name in dict.fromkeys(truths_named(identity)) if name in schema.names),
+        passthrough=tuple(simple)[:16],
+    )
 
 
 def _by_identity(account: Account, model: str) -> Iterator[tuple[str, str]]:
-    identity = account.plan.identities.get(model, {}) if account.plan else {}
+    identity = account.identities.get(model, {})
     outputs = identity.get("outputs", []) if isinstance(identity, dict) else []
     for output in reversed([o for o in outputs if isinstance(o, dict)]):  # the first of a kind counts
-        kind = {"segmentation": "mask"}.get(str(output.get("kind")), str(output.get("kind")))
-        if kind in ("labels", "embedding", "logits", "mask"):
+        kind = {"segmentation": "mask", "visual_tokens": "tokens"}.get(str(output.get("kind")), str(output.get("kind")))
+        if kind in ("labels", "embedding", "logits", "mask", "tokens"):
             yield kind, str(output.get("name", ""))
 
 

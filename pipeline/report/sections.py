@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
 from pipeline.errors import InputError, nearest
+from pipeline.judge import Task
 from pipeline.report import masks
 from pipeline.report.account import Account
-from pipeline.report.accuracy import Judged, JudgedMasks, guess_truth, judge, judge_masks
-from pipeline.report.find import Place
+from pipeline.report.accuracy import Judged, foreign_labels, guess_truth, judge, tasks_of
 from pipeline.report.likeness import Likeness, likeness, vectors
 from pipeline.report.pictures import Pictures, gather
 from pipeline.report.sample import SEED, Sample
 from pipeline.report.speed import Speed, speed
+from pipeline.source_images import Place
 
 RANDOM, UNSURE, WRONG = 24, 18, 18
 LABELS_SHOWN, LABEL_GALLERIES, OF_A_LABEL = 24, 12, 8
@@ -41,11 +42,11 @@ class Section:
     sample: Sample
     identity: dict[str, Any]
     predictions: list[list[dict[str, Any]]]  # best first; [] for a row that has none
-    truth: str | None = None
-    truths: list[Any] = field(default_factory=list)
+    rows: int | None = None  # of the model in all, where that is known
     galleries: list[Gallery] = field(default_factory=list)
-    judged: Judged | None = None
-    judged_masks: JudgedMasks | None = None
+    judged: dict[str, Judged] = field(default_factory=dict)  # by task: labels, mask, visual_tokens
+    scores: dict[str, Mapping[str, float]] = field(default_factory=dict)  # of all rows, as the run counted; by task
+    fitted: Mapping[str, Any] = field(default_factory=dict)  # of a probe's partition: how good its classifier is
     likeness: Likeness | None = None
     groups: list[str] = field(default_factory=list)  # each row's, for the map
     group_names: list[str] = field(default_factory=list)  # the most frequent, which have a colour
@@ -58,15 +59,24 @@ class Section:
         return list(zip(self.sample.texts("shard"), self.sample.texts("key"), strict=False))
 
     @property
-    def scores(self) -> list[float]:
+    def is_whole(self) -> bool:
+        """Whether the sample is all that there is."""
+        return self.sample.table.num_rows == self.rows
+
+    @property
+    def confidences(self) -> list[float]:
         return [float(labels[0]["score"]) for labels in self.predictions if labels]
 
     @property
-    def median_score(self) -> float:
-        return float(np.median(self.scores)) if self.scores else 0.0
+    def median_confidence(self) -> float:
+        return float(np.median(self.confidences)) if self.confidences else 0.0
 
-    def class_name(self, k: int) -> str:
-        return next((name for of, name, _ in self.areas if of == k), f"class {k}")
+    def truth_of(self, row: int) -> str:
+        """What the column of truths says of a row, by its class's name where it is an id."""
+        found = self.judged["labels"].found
+        value = str(self.sample.table[found.truth][row].as_py())
+        names = {str(score.id): score.name for score in found.classes}
+        return value if value in names.values() else names.get(value.strip(), value)
 
     @property
     def label_counts(self) -> list[tuple[str, int]]:
@@ -109,12 +119,11 @@ def _check_truth(samples: Sequence[Sample], truth: str | None) -> None:
 
 
 def _section(account: Account, sample: Sample, truth: str | None) -> Section:
-    identity = dict(account.plan.identities.get(sample.model, {})) if account.plan else {}
+    identity = dict(account.identities.get(sample.model, {}))
     section = Section(sample, identity, predictions(sample, identity))
-    section.truth = _truth_column(section, truth)
-    if section.truth:
-        section.truths = sample.table[section.truth].to_pylist()
-        section.judged = judge(section.predictions, section.truths)
+    section.rows = account.rows_written.get(sample.model)
+    section.fitted = account.fitted.get(sample.model, {})
+    _judge(account, section, truth)
     _group(section)
     if sample.columns.embedding in sample.table.column_names:
         field = sample.table.schema.field(sample.columns.embedding)
@@ -143,14 +152,55 @@ def predictions(sample: Sample, identity: dict[str, Any]) -> list[list[dict[str,
     ]
 
 
-def _truth_column(section: Section, truth: str | None) -> str | None:
+def _judge(account: Account, section: Section, truth: str | None) -> None:
+    """Every kind of output that the sample holds, by the first of the truths in question that it can be judged by."""
+    sample, table = section.sample, section.sample.table
+    order = np.random.default_rng(SEED).permutation(table.num_rows)
+    rows = {"mask": order[:MASKS_JUDGED].tolist()}
+    for task in _tasks(section):
+        said, mistakes = table, []
+        if task.kind == "labels" and not section.identity:
+            said, task = foreign_labels(table, sample.model, section.predictions)
+        for column in _truths_in_question(section, task, truth):
+            try:
+                section.judged[task.kind] = judge(said, task, column, rows.get(task.kind), account.output.uri)
+                break
+            except InputError as error:
+                mistakes.append(error.message)
+        else:
+            if truth is not None and mistakes:
+                account.note(f"{task.column} of {sample.model} is not judged: {mistakes[0]}")
+        if f"{sample.model}.{task.column}" in account.scores:
+            section.scores[task.kind] = account.scores[f"{sample.model}.{task.column}"]
+
+
+def _tasks(section: Section) -> list[Task]:
+    """By the run's identity; of files that have none, by their types."""
+    sample, columns = section.sample, section.sample.columns
+    if section.identity:
+        return tasks_of(sample.table, sample.model, section.identity)
+    found = []
+    if any(section.predictions):
+        found.append(Task(sample.model, str(columns.labels), "labels", 0, (), -1, False))
+    if columns.mask in sample.table.column_names:
+        names = masks.class_names(sample.table.schema.field(columns.mask), {})
+        listed = tuple(names.get(id, f"class {id}") for id in range(max(names, default=-1) + 1))
+        found.append(Task(sample.model, str(columns.mask), "mask", 0, listed, 255, False))
+    return found
+
+
+def _truths_in_question(section: Section, task: Task, truth: str | None) -> list[str]:
+    """The one that was named, else those that the job names, else for labels a column of class names."""
     table = section.sample.table
     if truth is not None:
-        return truth if truth in table.column_names else None
-    names = {str(name) for name in dict(section.identity.get("config", {}).get("id2label") or {}).values()}
-    names |= {str(label["name"]) for labels in section.predictions for label in labels}
-    columns = [(name, table[name].to_pylist()) for name in section.sample.columns.passthrough]
-    return guess_truth(columns, names) if any(section.predictions) else None
+        return [truth] if truth in table.column_names else []
+    found = [name for name in section.sample.columns.truths if name in table.column_names]
+    if task.kind == "labels":
+        names = {*task.names, *(str(label["name"]) for labels in section.predictions for label in labels)}
+        columns = [(name, table[name].to_pylist()) for name in section.sample.columns.passthrough]
+        guessed = guess_truth(columns, names)
+        found += [guessed] if guessed else []
+    return found
 
 
 def _group(section: Section) -> None:
@@ -176,8 +226,8 @@ def _galleries(section: Section) -> Any:
         return
     by_score = sorted((i for i in order if section.predictions[i]), key=lambda i: section.predictions[i][0]["score"])
     yield Gallery("Least sure", "The lowest confidence in the first label.", by_score[:UNSURE])
-    if section.judged:
-        wrong = [i for i in reversed(by_score) if _is_wrong(section, i)]
+    if "labels" in section.judged:
+        wrong = [i for i in reversed(by_score) if i in section.judged["labels"].wrong]
         if wrong:
             yield Gallery(
                 "Most surely wrong", "Where the first label is not the truth, the surest first.", wrong[:WRONG]
@@ -185,11 +235,6 @@ def _galleries(section: Section) -> Any:
     for name, count in section.label_counts[:LABEL_GALLERIES]:
         of_label = [i for i in order if section.predictions[i] and section.predictions[i][0]["name"] == name]
         yield Gallery(name, f"{count:,} of the sample", of_label[:OF_A_LABEL])
-
-
-def _is_wrong(section: Section, row: int) -> bool:
-    truth, first = section.truths[row], section.predictions[row][0]
-    return truth not in (None, "") and str(truth) not in (str(first["name"]), str(first["id"]))
 
 
 def _look_at_masks(section: Section) -> None:
@@ -200,11 +245,6 @@ def _look_at_masks(section: Section) -> None:
     order = np.random.default_rng(SEED).permutation(sample.table.num_rows)
     section.mask_rows = [int(i) for i in order[:MASKS]]
     section.areas = _areas(section, names, order[:MASKS_JUDGED])
-    if section.truth is None:
-        return
-    ours, true = sample.table[columns.mask], sample.table[section.truth]
-    pairs = ((masks.ids(ours[int(i)].as_py()), masks.ids(true[int(i)].as_py())) for i in order[:MASKS_JUDGED])
-    section.judged_masks = judge_masks(pairs, max(names, default=0) + 1)
 
 
 def _areas(section: Section, names: dict[int, str], order: Any) -> list[tuple[int, str, float]]:

@@ -70,9 +70,11 @@ def test_npy_and_metadata_are_aligned(out: str, rows: Rows, tmp_path: Path) -> N
     np.testing.assert_array_equal(vectors, np.float16([row["half"] for row in rows["vectors"]]))
 
 
+@pytest.mark.targets
 def test_embedding_reader_reads_the_folder(out: str, rows: Rows, tmp_path: Path) -> None:
-    """What autofaiss opens a folder with; it wants an older pandas than ours, so `pip install --no-deps` it."""
-    reader = pytest.importorskip("embedding_reader")
+    """What autofaiss opens a folder with."""
+    import embedding_reader as reader
+
     pipeline.export(out, "npy", str(tmp_path / "n"), model="vectors", columns=("embedding", "caption"))
     found = reader.EmbeddingReader(
         embeddings_folder=str(tmp_path / "n/img_emb"),

@@ -1,53 +1,87 @@
-"""What is right, counted by hand."""
+"""What is right in a sample: as `evaluate` says of the same rows, and what it leaves out is counted."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 
-from pipeline.report.accuracy import guess_truth, judge, judge_masks
+from pipeline.errors import InputError
+from pipeline.evaluate import evaluate
+from pipeline.judge import Task
+from pipeline.outputs.labels import LABELS
+from pipeline.outputs.segmentation import png
+from pipeline.outputs.visual_tokens import PATCHES
+from pipeline.report import report
+from pipeline.report.account import read_account
+from pipeline.report.accuracy import foreign_labels, guess_truth, judge
+from pipeline.report.sample import read_samples
+from pipeline.report.sections import Section, show
+from tests.finished import make_output
+
+NAMES = ("ant", "bee", "cat")
+TASK = Task("m", "labels", "labels", 0, NAMES, 255, False)
 
 
-def labels(*names: str, score: float = 0.9) -> list[dict[str, Any]]:
-    return [{"id": ord(name[0]) - ord("a"), "name": name, "score": score / (i + 1)} for i, name in enumerate(names)]
+def labels(*ids: int, score: float = 0.9) -> list[dict[str, Any]]:
+    return [{"id": id, "name": NAMES[id], "score": score / (i + 1)} for i, id in enumerate(ids)]
 
 
-def test_top1_topk_and_classes() -> None:
-    predictions = [labels("a", "b"), labels("b", "a"), labels("a", "b"), labels("c", "b"), []]
-    judged = judge(predictions, ["a", "a", "b", None, "a"])
-    assert judged is not None
-    assert (judged.rows, judged.without_truth) == (3, 2)
-    assert judged.top1 == pytest.approx(1 / 3) and judged.topk == 1 and judged.k == 2
-    assert judged.classes == [("a", 2, 0.5, 0.5), ("b", 1, 0.0, 0.0)]
-    assert judged.names == ["a", "b"] and judged.confusion.tolist() == [[1, 1], [1, 0]]
+def table(rows: list[list[dict[str, Any]]], truths: pa.Array) -> pa.Table:
+    keys = [f"k{i}" for i in range(len(rows))]
+    return pa.table({"key": keys, "labels": pa.array(rows, LABELS), "truth": truths})
 
 
-@pytest.mark.parametrize("truth", [[0, 1, 1], ["0", "1", "1"], ["a", "b", "b"]])
+def sections(uri: str, truth: str | None = None) -> list[Section]:
+    account = read_account(uri, {})
+    return show(account, read_samples(account, 100, truth), truth).sections
+
+
+def test_which_rows_are_wrong_and_which_are_left_out() -> None:
+    rows = [labels(0, 1), labels(1, 0), labels(0, 1), labels(2), []]
+    found = judge(table(rows, pa.array(["ant", "ant", "dog", None, "cat"])), TASK, "truth")
+    assert (found.found.rows, found.found.rows_without_truth, found.not_understood) == (3, 1, 1)
+    assert found.found.top1 == pytest.approx(1 / 3) and found.wrong == {1, 4}
+    assert found.names == ["ant", "bee", "cat", "no class"]
+    assert found.confusion.tolist() == [[1, 1, 0, 0], [0, 0, 0, 0], [0, 0, 0, 1], [0, 0, 0, 0]]
+    assert [score.name for score in found.classes] == ["ant", "cat"]
+
+
+@pytest.mark.parametrize("truth", [[0, 1, 1], ["0", "1", "1"], ["ant", "bee", "bee"]])
 def test_truth_may_be_ids_or_names(truth: list[Any]) -> None:
-    judged = judge([labels("a"), labels("b"), labels("a")], truth)
-    assert judged is not None and judged.top1 == pytest.approx(2 / 3)
-    assert [name for name, *_ in judged.classes] == ["b", "a"]
-
-
-def test_calibration() -> None:
-    predictions = [labels("a", score=0.75)] * 4 + [labels("a", score=0.25)] * 4
-    judged = judge(predictions, ["a", "a", "a", "b", "a", "b", "b", "b"])
-    assert judged is not None
-    assert judged.bins == [(0.25, 0.25, 4), (0.75, 0.75, 4)] and judged.calibration_error == pytest.approx(0)
-    off = judge([labels("a", score=0.9)] * 2, ["b", "b"])
-    assert off is not None and off.calibration_error == pytest.approx(0.9)
-
-
-def test_many_classes_are_gathered_and_none_is_lost() -> None:
-    names = [chr(ord("a") + i) for i in range(26)]
-    judged = judge([labels(name) for name in names], names[::-1])
-    assert judged is not None and judged.names[-1] == "others" and judged.confusion.sum() == 26
+    found = judge(table([labels(0), labels(1), labels(0)], pa.array(truth)), TASK, "truth")
+    assert found.found.top1 == pytest.approx(2 / 3) and found.wrong == {2}
 
 
 def test_no_truth_at_all() -> None:
-    assert judge([labels("a")], [None]) is None and judge([[]], ["a"]) is None
+    with pytest.raises(InputError, match="no sampled row"):
+        judge(table([labels(0)], pa.array([None], pa.string())), TASK, "truth")
+    with pytest.raises(InputError, match="`dog` is no class"):
+        judge(table([labels(0)], pa.array(["dog"])), TASK, "truth")
+
+
+def test_many_classes_are_gathered_and_none_is_lost() -> None:
+    names = tuple(f"class {i}" for i in range(26))
+    rows = [[{"id": i, "name": names[i], "score": 0.5}] for i in range(26)]
+    found = judge(
+        table(rows, pa.array(range(25, -1, -1))), Task("m", "labels", "labels", 0, names, 255, False), "truth"
+    )
+    assert found.names[-1] == "others" and found.confusion.sum() == 26 and len(found.names) == 17
+
+
+@pytest.mark.parametrize("ids", [True, False])
+def test_labels_of_a_foreign_folder(ids: bool) -> None:
+    """By their own ids; where these are missing, by the names, of which the truth then is one."""
+    rows = [labels(2), labels(0)]
+    for row in rows:
+        row[0]["id"] = row[0]["id"] if ids else None
+    whole = pa.table({"key": ["a", "b"], "truth": pa.array([2, 1] if ids else ["cat", "cat"])})
+    said, task = foreign_labels(whole, "m", rows)
+    assert task.names == (("ant", "class 1", "cat") if ids else ("ant", "cat"))
+    assert judge(said, task, "truth").wrong == {1}
 
 
 def test_truth_is_guessed_from_names_only() -> None:
@@ -57,11 +91,61 @@ def test_truth_is_guessed_from_names_only() -> None:
     assert guess_truth([], names) is None
 
 
-def test_iou_by_hand() -> None:
-    ours, true = np.array([[0, 0], [1, 1]]), np.array([[0, 1], [1, 255]])
-    judged = judge_masks([(ours, true), (None, true), (ours, np.zeros((3, 3), int))], 3)
-    assert judged is not None
-    assert (judged.masks, judged.skipped) == (1, 2)
-    assert judged.pixel_accuracy == pytest.approx(2 / 3) and judged.mean_iou == pytest.approx(0.5)
-    assert judged.classes == [(0, 0.5, 1), (1, 0.5, 2)]
-    assert judge_masks([], 3) is None
+def labelled(uri: str) -> str:
+    rng = np.random.default_rng(3)
+    rows = [labels(*rng.permutation(3).tolist(), score=float(rng.random())) for _ in range(40)]
+    identity = {"outputs": [{"kind": "labels", "name": "labels"}], "config": {"id2label": dict(enumerate(NAMES))}}
+    truth = pa.array([NAMES[i] for i in rng.integers(0, 3, 40)])
+    return make_output(uri, identity, [pa.table({"truth": truth, "labels": pa.array(rows, LABELS)})])
+
+
+def test_a_page_of_all_rows_says_what_evaluate_says(tmp_path: Path) -> None:
+    uri = labelled(str(tmp_path / "out"))
+    (section,) = sections(uri)
+    expected = evaluate(uri, "truth")
+    found = section.judged["labels"].found
+    assert found.headline == expected.headline and found.classes == expected.classes
+    assert found.confusion == expected.confusion and found.calibration == expected.calibration
+    page = report(uri, tmp_path / "r.html")[0].read_text()
+    for number in (expected.top1, expected.mean_accuracy, expected.calibration_error):
+        assert f"{100 * (number or 0):.1f} %" in page
+    part = report(uri, tmp_path / "r.html", sample=20)[0].read_text()
+    assert "Of the sample." in part and "judges all rows" in part
+
+
+def test_masks_are_judged_by_the_column_that_the_job_names(tmp_path: Path) -> None:
+    """And one that is smaller is made as large as its truth, as `evaluate` does."""
+    ids_HW = np.arange(12).reshape(3, 4) % 3
+    said = [png(ids_HW, 3), png(ids_HW, 3), b"no mask"]
+    large = png(ids_HW.repeat(2, 0).repeat(2, 1), 3)
+    rows = pa.table({"mask": pa.array(said, pa.binary()), "scene": pa.array([png(1 - ids_HW % 2, 3), large, large])})
+    identity = {
+        "outputs": [{"kind": "segmentation", "name": "mask"}, {"kind": "loss", "name": "loss", "truth": "scene"}],
+        "config": {"id2label": dict(enumerate(NAMES))},
+    }
+    (section,) = sections(make_output(str(tmp_path / "out"), identity, [rows]))
+    found = section.judged["mask"]
+    assert (found.found.rows, found.found.resized, found.not_understood) == (2, 1, 1)
+    right = int((ids_HW == 1 - ids_HW % 2).sum()) + 4 * 12
+    assert found.found.pixel_accuracy == pytest.approx(right / (12 + 48))
+
+
+def test_masked_patches_are_judged(tmp_path: Path) -> None:
+    patches = [[{"patch": p, "codes": [p, 7, 8, 9, 10], "scores": [0.5, 0.2, 0.1, 0.1, 0.1]} for p in (1, 3)]] * 2
+    rows = pa.table({"tokens": pa.array(patches, PATCHES), "codes": [[0, 1, 2, 7], [0, 5, 2, 3]]})
+    identity = {"outputs": [{"kind": "visual_tokens", "name": "tokens"}], "config": {}}
+    uri = make_output(str(tmp_path / "out"), identity, [rows])
+    (section,) = sections(uri, "codes")
+    found = section.judged["visual_tokens"].found
+    assert (found.top1, found.top5, found.counted) == (0.5, 0.75, 4) and found.headline == evaluate(
+        uri, "codes"
+    ).headline
+    page = report(uri, tmp_path / "r.html", truth="codes")[0].read_text()
+    assert "Masked patches against <code>codes</code>" in page and "75.0 %" in page
+
+
+def test_a_truth_that_judges_nothing_is_a_note(tmp_path: Path) -> None:
+    uri = labelled(str(tmp_path / "out"))
+    account = read_account(uri, {})
+    show(account, read_samples(account, 100, "key"), "key")
+    assert any("labels of tiny is not judged" in note for note in account.notes)

@@ -12,7 +12,7 @@ from PIL import Image
 
 from pipeline.commit import Output
 from pipeline.outputs.segmentation import coco_runs, png
-from pipeline.report import masks
+from pipeline.report import charts, masks
 from pipeline.report.account import Account
 from pipeline.report.page import render
 from pipeline.report.sample import Columns, Sample
@@ -61,11 +61,17 @@ def test_a_page_with_masks_and_their_truth() -> None:
     sample = Sample("m", table, np.full(5, -1), Columns(mask="mask"), 1, 1)
     shown = show(account, [sample], "truth")
     (section,) = shown.sections
-    judged = section.judged_masks
-    assert judged is not None and {k: iou for k, iou, _ in judged.classes}[1] == 0
+    judged = section.judged["mask"]
+    assert {score.id: score.iou for score in judged.classes}[1] == 0
     right = sum(int((x != 1).sum()) for x in ids) / sum(x.size for x in ids)
-    assert judged.pixel_accuracy == pytest.approx(right)
+    assert judged.found.pixel_accuracy == pytest.approx(right)
     assert len(section.overlays) == 5 and sum(share for _, _, share in section.areas) == pytest.approx(1)
     page = render(shown)
     assert "mean IoU" in page and "&lt;b&gt;sand&lt;/b&gt;" in page and "<b>sand</b>" not in page
     assert page.count('class="mask"') == 5
+
+
+def test_a_confusion_matrix_of_pixels_is_in_percent() -> None:
+    small, large = (charts.confusion(["sky", "sea"], np.array([[3, 1], [0, 4]]) * times) for times in (1, 10_000))
+    assert ">3</text>" in small and ">4</text>" in small and "30,000 of 40,000" in large
+    assert ">75</text>" in large and ">25</text>" in large and ">100</text>" in large and ">0</text>" not in large

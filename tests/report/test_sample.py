@@ -10,23 +10,22 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 
-import pipeline.report.find as finding
 import pipeline.report.sample as sampling
-from pipeline.commit import Output
+import pipeline.source_images as finding
 from pipeline.driver import run
 from pipeline.errors import PartFailed
 from pipeline.generations import History
 from pipeline.job import parse_job
 from pipeline.plan import Plan
-from pipeline.read import SOURCES, PartLimits, read_part
+from pipeline.read import SOURCES, PartLimits, Source, read_part
 from pipeline.report.account import Account, read_account
-from pipeline.report.find import find, open_source
 from pipeline.report.sample import read_samples
 from pipeline.report.sections import show
-from pipeline.report.thumbs import LARGE_PX, thumb
 from pipeline.results import open_results
 from pipeline.schema import Part, Row
+from pipeline.source_images import find, open_source
 from pipeline.storage import Store
+from pipeline.thumbnails import LARGE_PX, thumb
 from pipeline.vectors import decode_vectors
 from tests.read.broken_shards import jpeg
 from tests.read.sources import ROWS, make_source, put_input
@@ -42,6 +41,11 @@ def account(output: Path) -> Account:
 def keys(account: Account, rows: int) -> list[str]:
     (sample,) = read_samples(account, rows, None)
     return sample.texts("key")
+
+
+def opened(account: Account) -> tuple[Source, dict[int, Part]]:
+    assert account.plan is not None
+    return open_source(account.record, {}), {part.index: part for part in account.plan.parts}
 
 
 def test_the_sample_is_the_same_each_time_and_as_large_as_asked(account: Account) -> None:
@@ -87,15 +91,14 @@ def test_images_are_found_again_by_key(kind: str, tmp_path: Path) -> None:
     wanted: dict[int, set[tuple[str, str]]] = {}
     for index, row in some:
         wanted.setdefault(index, set()).add((row.shard, row.key))
-    account = Account(Output.at(str(tmp_path)), "complete", History(Plan(parts, {})))
-    found = dict(find(account, source, wanted))
-    assert found == {(row.shard, row.key): bytes(row.image) for _, row in some} and account.notes == []
+    notes: list[str] = []
+    found = dict(find(source, {part.index: part for part in parts}, wanted, notes.append))
+    assert found == {(row.shard, row.key): bytes(row.image) for _, row in some} and notes == []
     assert set(found.values()) <= {jpeg(i) for i in range(ROWS)}
 
 
 def test_no_more_bytes_than_the_budget(output: Path, account: Account, monkeypatch: pytest.MonkeyPatch) -> None:
-    source = open_source(account)
-    assert source is not None
+    source, parts = opened(account)
     (sample,) = read_samples(account, 70, None)
     wanted: dict[int, set[tuple[str, str]]] = {}
     rows = zip(sample.parts.tolist(), sample.texts("shard"), sample.texts("key"), strict=True)
@@ -103,14 +106,13 @@ def test_no_more_bytes_than_the_budget(output: Path, account: Account, monkeypat
         wanted.setdefault(part, set()).add((shard, key))
     monkeypatch.setattr(finding, "PART_BYTES", 9000)
     monkeypatch.setattr(finding, "BYTES_AT_MOST", 1)
-    found = list(find(account, source, wanted))
+    found = list(find(source, parts, wanted, account.note))
     assert 0 < sum(len(image) for _, image in found) < 3 * (9000 + 8000)  # a budget ends with the image that passes it
     assert len(found) < 70
 
 
 def test_a_shard_that_fails_is_noted_and_the_others_are_read(account: Account, monkeypatch: pytest.MonkeyPatch) -> None:
-    source = open_source(account)
-    assert source is not None
+    source, parts = opened(account)
     read = type(source).read
 
     def fails(self: Any, part: Part) -> Any:
@@ -122,8 +124,17 @@ def test_a_shard_that_fails_is_noted_and_the_others_are_read(account: Account, m
     (sample,) = read_samples(account, 70, None)
     rows = list(zip(sample.parts.tolist(), sample.texts("shard"), sample.texts("key"), strict=True))
     wanted = {part: {(s, k) for p, s, k in rows if p == part} for part in range(3)}
-    found = Counter(shard for (shard, _), _ in find(account, source, wanted))
+    found = Counter(shard for (shard, _), _ in find(source, parts, wanted, account.note))
     assert len(found) == 2 and len(account.notes) == 1 and "deadbeef" not in account.notes[0]
+
+
+def test_a_store_that_crawls_is_left_after_a_while(account: Account, monkeypatch: pytest.MonkeyPatch) -> None:
+    source, parts = opened(account)
+    monkeypatch.setattr(finding, "SECONDS_AT_MOST", -1.0)
+    (sample,) = read_samples(account, 70, None)
+    rows = list(zip(sample.parts.tolist(), sample.texts("shard"), sample.texts("key"), strict=True))
+    wanted = {part: {(s, k) for p, s, k in rows if p == part} for part in range(3)}
+    assert len(list(find(source, parts, wanted, account.note))) <= 3  # one image of a part, and no more
 
 
 def test_thumbnails_are_small_and_keep_their_shape() -> None:

@@ -1,12 +1,15 @@
-"""Keys of sampled rows and rejects -> their image bytes, from the source shards, by the readers of `pipeline.read`.
+"""Keys of rows and rejects -> their image bytes, from the source shards, by the readers of `pipeline.read`.
 
-Nothing is read past a budget: a part's share of BYTES_AT_MOST. What lies beyond it has no thumbnail.
+* Nothing is read past a budget, a part's share of BYTES_AT_MOST, or after SECONDS_AT_MOST: what is not had by then
+  stays without a picture.
+* A shard that is gone, changed or refused is a note, never an error: what is asked here is only what rows look like.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+import time
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import replace
@@ -15,66 +18,69 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from pipeline.errors import Img2ParquetError
+from pipeline.errors import Img2ParquetError, InputError
 from pipeline.read import SOURCES, Source
 from pipeline.read.folder import Folder, Roots
 from pipeline.read.keep import to_valid_text
-from pipeline.report.account import Account
 from pipeline.schema import Part, Piece, Row
 
 Place = tuple[str, str]  # shard, key
+Note = Callable[[str], object]
 BYTES_AT_MOST = 256 << 20
 PART_BYTES = 8 << 20  # a part's share is never less: one chunk of a stream
+SECONDS_AT_MOST = 60.0  # for all parts together; a report of a store that crawls still comes
 REJECT_BYTES = 4 << 20  # read for one reject, from its offset
 THREADS = 8
 
 
-def open_source(account: Account) -> Source | None:
-    """The job's input as its run recorded it, without what opened signed URLs. None and a note where there is none."""
-    settings = account.record.get("job", {}).get("input")
+def open_source(record: Mapping[str, Any], storage_options: Mapping[str, Any]) -> Source:
+    """The job's input as its run recorded it, without what opened signed URLs. Raises InputError where it says none."""
+    settings = record.get("job", {}).get("input")
     if not isinstance(settings, Mapping) or settings.get("kind") not in SOURCES:
-        if account.plan is not None:
-            account.note("The run's record names no input: there are no thumbnails.")
-        return None
+        raise InputError("the run's record names no input: there are no thumbnails")
     module, name = SOURCES[settings["kind"]]
-    options = dict(account.output.store.options)
+    options = {**settings, "storage_options": dict(storage_options)}
     try:
-        made: Source = getattr(import_module(module), name).model_validate({**settings, "storage_options": options})
+        made: Source = getattr(import_module(module), name).model_validate(options)
     except (ValidationError, Img2ParquetError, TypeError) as error:
-        account.note(f"The input in the run's record cannot be read: {(str(error).splitlines() or ['?'])[0]}")
-        return None
+        raise InputError(f"the input in the run's record cannot be read: {_first_line(error)}") from None
     return made
 
 
-def find(account: Account, source: Source, wanted: Mapping[int, set[Place]]) -> Iterator[tuple[Place, bytes]]:
-    """Images of rows by part; several parts are read at once. A shard that is gone becomes a note."""
-    assert account.plan is not None
+def find(
+    source: Source, parts: Mapping[int, Part], wanted: Mapping[int, set[Place]], note: Note
+) -> Iterator[tuple[Place, bytes]]:
+    """Images of rows, wanted by part; several parts are read at once. A shard that is gone becomes a note."""
     share = max(PART_BYTES, BYTES_AT_MOST // max(1, len(wanted)))
-    parts = [account.plan.parts[index] for index in wanted]
+    until = time.monotonic() + SECONDS_AT_MOST
 
-    def of_part(part: Part) -> list[tuple[Place, bytes]]:
-        return list(_noted(account, _in_part(source, part, wanted[part.index], share)))
+    def of_part(index: int) -> list[tuple[Place, bytes]]:
+        return list(_noted(note, _in_part(source, parts[index], wanted[index], share, until)))
 
-    with ThreadPoolExecutor(THREADS, thread_name_prefix="thumbs") as pool:
-        for found in pool.map(of_part, parts):
+    with ThreadPoolExecutor(THREADS, thread_name_prefix="images") as pool:
+        for found in pool.map(of_part, wanted):
             yield from found
 
 
-def find_rejects(account: Account, source: Source, rejects: Sequence[Mapping[str, Any]]) -> Iterator[tuple[int, bytes]]:
+def find_rejects(
+    source: Source, parts: Mapping[int, Part], rejects: Sequence[Mapping[str, Any]], note: Note
+) -> Iterator[tuple[int, bytes]]:
     """(place in `rejects`, bytes) of those whose bytes can be reached; several at once."""
-    assert account.plan is not None
-    parts = account.plan.parts
+    until = time.monotonic() + SECONDS_AT_MOST
 
     def of_one(i: int) -> list[tuple[int, bytes]]:
-        return [(i, image) for _, image in _noted(account, _rejected(source, parts[rejects[i]["part"]], rejects[i]))]
+        found = _rejected(source, parts[rejects[i]["part"]], rejects[i], until)
+        return [(i, image) for _, image in _noted(note, found)]
 
     may_have_bytes = [i for i, reject in enumerate(rejects) if reject["reason"] not in ("empty", "shard_damaged")]
-    with ThreadPoolExecutor(THREADS, thread_name_prefix="thumbs") as pool:
+    with ThreadPoolExecutor(THREADS, thread_name_prefix="images") as pool:
         for found in pool.map(of_one, may_have_bytes):
             yield from found
 
 
-def _in_part(source: Source, part: Part, wanted: set[Place], budget_bytes: int) -> Iterator[tuple[Place, bytes]]:
+def _in_part(
+    source: Source, part: Part, wanted: set[Place], budget_bytes: int, until: float
+) -> Iterator[tuple[Place, bytes]]:
     left = set(wanted)
     for narrowed in _narrowed(source, part, left, budget_bytes):
         with closing(_rows(source, narrowed)) as rows:
@@ -83,7 +89,7 @@ def _in_part(source: Source, part: Part, wanted: set[Place], budget_bytes: int) 
                 if (row.shard, row.key) in left:
                     left.discard((row.shard, row.key))
                     yield (row.shard, row.key), bytes(row.image)
-                if budget_bytes <= 0 or not left:
+                if budget_bytes <= 0 or not left or time.monotonic() > until:
                     return
                 if source.kind != "folder" and not any(shard == row.shard for shard, _ in left):
                     break
@@ -103,7 +109,7 @@ def _narrowed(source: Source, part: Part, wanted: set[Place], budget_bytes: int)
     yield from (Part(part.index, (piece,)) for piece in part.pieces if piece.uri in shards)
 
 
-def _rejected(source: Source, part: Part, reject: Mapping[str, Any]) -> Iterator[tuple[Place, bytes]]:
+def _rejected(source: Source, part: Part, reject: Mapping[str, Any], until: float) -> Iterator[tuple[Place, bytes]]:
     """The bytes of one reject: of a plain tar at its offset, else by its key."""
     offset, place = reject["offset"], (reject["shard"], reject["key"])
     if source.kind == "webdataset" and offset is not None and not place[0].lower().endswith((".gz", ".tgz")):
@@ -115,7 +121,7 @@ def _rejected(source: Source, part: Part, reject: Mapping[str, Any]) -> Iterator
         with closing(_rows(source, part)) as rows:
             yield from ((place, bytes(row.image)) for row in rows if row.offset == offset)
         return
-    yield from _in_part(source, part, {place}, PART_BYTES)
+    yield from _in_part(source, part, {place}, PART_BYTES, until)
 
 
 def _covers(piece: Piece, offset: int) -> bool:
@@ -128,10 +134,13 @@ def _rows(source: Source, part: Part) -> Generator[Row, None, None]:
             yield item
 
 
-def _noted(account: Account, found: Iterable[tuple[Place, bytes]]) -> Iterator[tuple[Place, bytes]]:
+def _noted(note: Note, found: Iterable[tuple[Place, bytes]]) -> Iterator[tuple[Place, bytes]]:
     """Up to the first word of a store that says no, which is noted."""
     try:
         yield from found
     except (Img2ParquetError, OSError, ValueError) as error:
-        first = (str(error).splitlines() or [type(error).__name__])[0]
-        account.note(f"Some thumbnails are missing: {first}")
+        note(f"Some thumbnails are missing: {_first_line(error)}")
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
