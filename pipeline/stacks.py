@@ -20,7 +20,7 @@ from pathlib import Path
 
 ASK = signal.SIGUSR1
 OURS = f"{os.sep}pipeline{os.sep}"
-WAIT_S, LOOK_S = 1.0, 0.02
+WAIT_S, LOOK_S = 5.0, 0.05
 SHOWN_FRAMES = 8
 _files: dict[str, int] = {}
 

@@ -153,7 +153,8 @@ stacks.answer(sys.argv[1])
 stacks.answer(sys.argv[1])
 def hang_in_c():
     print("ready", flush=True)
-    ctypes.PyDLL(None).sleep(60)  # with Python's lock
+    while True:
+        ctypes.PyDLL(None).sleep(60)  # with Python's lock; a signal ends it
 hang_in_c()
 """
 
