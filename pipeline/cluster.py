@@ -146,7 +146,12 @@ class Stream:
         return time.monotonic() - self.grown_since >= GROWN_FOR_S
 
     def is_shrunken(self) -> bool:
-        return workers(self.work.job) < self.workers
+        """Whether actors wait for room that there is no more; not where only idle ones have gone, with their nodes."""
+        if workers(self.work.job) < self.workers:
+            with suppress(Exception):  # inner names of Ray's, as below
+                pools = [pool for op in self.executor._topology for pool in op.get_autoscaling_actor_pools()]
+                return any(pool.num_restarting_actors() or pool.num_pending_actors() for pool in pools)
+        return False
 
     def idle_workers(self) -> int:
         """A pool gives idle actors back once its input has ended, so there is room for others where they were."""

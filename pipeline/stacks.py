@@ -50,6 +50,8 @@ def of_machine(name: str, ours: str = OURS) -> list[tuple[str, str]]:
 def _answering(name: str) -> Iterator[tuple[int, Path]]:
     """Processes and their files; only those where the signal is caught, which would end any other."""
     for folder in Path("/proc").glob("[0-9]*"):
+        if folder.name == str(os.getpid()):
+            continue
         with suppress(OSError):
             for file in (folder / "fd").iterdir():
                 if file.readlink().name.startswith(f"memfd:img2parquet-{name} ") and _catches(folder):
@@ -72,10 +74,13 @@ def _written(file: Path, size: int) -> str:
 
 
 def _of_interest(said: str, ours: str) -> list[str]:
-    """Threads with a frame of ours, the innermost frames first."""
-    threads = [each.splitlines()[1:] for each in re.split(r"^(?=(?:Current t|T)hread )", said, flags=re.MULTILINE)]
-    wanted = [[line.strip() for line in frames if line.strip()] for frames in threads if ours in "\n".join(frames)]
-    return ["\n".join(f"    {line}" for line in frames[:SHOWN_FRAMES]) for frames in wanted]
+    """Threads with a frame of ours: from the innermost frame out to the last of ours."""
+    wanted = []
+    for thread in re.split(r"^(?=(?:Current t|T)hread )", said, flags=re.MULTILINE):
+        frames = [line.strip() for line in thread.splitlines()[1:] if line.strip()]
+        if last := max((number for number, frame in enumerate(frames, 1) if ours in frame), default=0):
+            wanted.append("\n".join(f"    {frame}" for frame in frames[: min(last, SHOWN_FRAMES)]))
+    return wanted
 
 
 def _title(pid: int) -> str:

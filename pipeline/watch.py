@@ -73,8 +73,10 @@ class Watch:
     def straggle(self, shown: Sequence[Outstanding], left: int, waited_s: float, workers: str) -> None:
         """Say that the last parts keep idle workers waiting, and run on them too; and where the others are."""
         self.stragglers.append({"waited_s": round(waited_s), "parts": left})
-        line = f"some workers have had nothing to do for {waited_s:.0f} s; the {left} parts left run on them too"
-        log.warning("%s\n%s%s", line, told(shown, left), _beyond(workers))
+        log.warning(
+            "some workers have had nothing to do for %.0f s: what is left (%d of the parts) runs on them too\n%s%s",
+            waited_s, left, told(shown, left), _beyond(workers),
+        )  # fmt: skip
 
     def again(self, why: str, left: int) -> bool:
         """Whether to run what is left again; False when that was done RERUNS times without one new batch."""
