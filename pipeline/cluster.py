@@ -48,6 +48,7 @@ LOST = (
     ray.exceptions.RayActorError,
     ray.exceptions.WorkerCrashedError,
     ray.exceptions.NodeDiedError,
+    ray.exceptions.LocalRayletDiedError,
     ray.exceptions.ObjectLostError,
 )
 
@@ -60,7 +61,13 @@ def start(job: JobSpec, address: str | None = None) -> Probe:
     task = ray.remote(num_cpus=READ_CPUS, num_gpus=gpus)(_probe)
     try:
         result: Probe = ray.get(task.remote(job, int(_resource("GPU")), gpus))
-    except ray.exceptions.RayTaskError as error:
+    except ray.exceptions.RayError as error:
+        if isinstance(error, LOST):
+            said = str(error).partition("\n")[0]
+            raise JobFailed(
+                f"the Ray cluster was lost while the job began: {said}",
+                hint="its logs say why; nothing is lost: run the same command again",
+            ) from None
         raise _cause(error) from None
     return result
 

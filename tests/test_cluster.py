@@ -10,6 +10,7 @@ import ray
 
 from pipeline import cluster
 from pipeline.batch import Work
+from pipeline.errors import JobFailed
 from pipeline.plan import make_plan
 from pipeline.probe import probe
 from pipeline.schema import Part, Piece
@@ -50,3 +51,16 @@ def test_one_small_part_is_work_for_every_worker(two_cpus: None, tmp_path: Path)
     work = Work(job, found.cards, found.dtype, found.device, batch_size=4, threads=1)
     blocks = cluster._batches([part], work, ray.put(work), 2).materialize()
     assert blocks.count() == 16 and blocks.num_blocks() >= 8
+
+
+def test_a_cluster_that_dies_as_a_job_starts_is_one_clear_error(
+    two_cpus: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def died(ref: object) -> None:
+        raise ray.exceptions.LocalRayletDiedError("the raylet is gone")
+
+    make_shards(tmp_path / "shards", shards=1, per_shard=4, broken=False)
+    job = small_job(f"{tmp_path}/shards/*.tar", make_checkpoint(tmp_path / "model"), str(tmp_path / "out"))
+    monkeypatch.setattr(cluster.ray, "get", died)
+    with pytest.raises(JobFailed, match=r"the Ray cluster was lost while the job began: .*raylet"):
+        cluster.start(job)

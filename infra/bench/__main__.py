@@ -2,7 +2,8 @@
 
     python -m infra.bench [SUITE ...] [--quick] [--threads 2] [--rounds 5] [--only bit-50 ...] [--out FOLDER]
 
-Without a name, all. `--quick` is for looking whether it works: one round, small batches, results to out/bench.
+Without a name, all; results of `--only` have pages of their own. `--quick` is for looking whether it works: one round,
+small batches, results to out/bench.
 `python -m infra.bench gpu --help` tells of the suite for one GPU, which is not among all.
 Exit status 1 where a contestant does not give what the reference gives; a floor that is not reached is printed.
 """
@@ -12,6 +13,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from infra.bench import decode, efficiency, end_to_end, gpu, growth, models
@@ -39,6 +41,7 @@ def main(arguments: list[str] | None = None) -> int:
     good = True
     for name in options.suites or SUITES:
         report = SUITES[name](rules, options.threads, options.only)
+        report = replace(report, name="-".join([report.name, *options.only]))  # a page beside that of all subjects
         print(report.markdown())
         print(f"written: {', '.join(map(str, report.write(folder)))}")
         good = good and report.agrees

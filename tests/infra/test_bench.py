@@ -160,8 +160,8 @@ def test_models_from_checkpoint_to_page(tmp_path: Path, units: bool) -> None:
 @pytest.mark.slow
 def test_decoding_from_the_command_line(tmp_path: Path) -> None:
     assert main(["decode", "--quick", "--only", "imagenet-like", "--out", str(tmp_path)]) == 0
-    page = (tmp_path / "decode.md").read_text()
+    page = (tmp_path / "decode-imagenet-like.md").read_text()
     assert all((f"| {one.name} |" in page) == one.is_installed for one in decode.CONTESTANTS)
     assert all((f"{one.name}: not measured" in page) != one.is_installed for one in decode.CONTESTANTS)
     assert "1600x1200" not in page and "| levit-photos, fast |" in page
-    assert Image.open(tmp_path / "decode.png").format == "PNG"
+    assert Image.open(tmp_path / "decode-imagenet-like.png").format == "PNG"
