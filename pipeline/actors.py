@@ -22,7 +22,7 @@ from typing import Any
 import pyarrow as pa
 import ray
 
-from pipeline import flight
+from pipeline import flight, stacks
 from pipeline.apart import Apart, ReadApart
 from pipeline.batch import Batch, Embedded, Failed, Prepared, Work, cut
 from pipeline.embed import Embedder, Preparer, keep_freed_memory
@@ -54,6 +54,7 @@ class Read:
     def __call__(self, table: pa.Table) -> Iterator[pa.Table]:
         work: Work = ray.get(self.work)
         keep_freed_memory()
+        stacks.answer(job_name())
         with closing(ReadApart(work)) as apart:
             for payload in table.column("payload"):
                 part: Part = pickle.loads(payload.as_buffer())
@@ -76,6 +77,7 @@ class Step:
         self.prepare: Callable[[Batch], Prepared] | None = None
         self.embed: Callable[[Prepared], Embedded | Failed] | None = None
         self.pool, self.idle = POOLS[what], Idle()
+        stacks.answer(job_name())
         apart = Apart(work) if _is_restarted() else None
         if not apart:
             _ends_when_late()
@@ -96,6 +98,11 @@ class Step:
         result = self.embed(prepared) if self.embed else prepared
         self.idle.begin()
         return result if isinstance(result, Failed) else replace(result, waited={self.pool: waited_s, **result.waited})
+
+
+def job_name() -> str:
+    """Of the driver's job on this cluster, the same in all its processes."""
+    return str(ray.get_runtime_context().get_job_id())
 
 
 def row(item: object) -> pa.Table:

@@ -22,8 +22,10 @@ import pyarrow as pa
 import ray
 from ray.data import ActorPoolStrategy, DataContext, TaskPoolStrategy
 from ray.data._internal.execution.execution_callback import ExecutionCallback
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from pipeline.actors import Attempts, Read, Step
+from pipeline import stacks
+from pipeline.actors import Attempts, Read, Step, job_name
 from pipeline.batch import Embedded, Failed, Work, WorkersLost
 from pipeline.device import LANES
 from pipeline.errors import Img2ParquetError, JobFailed
@@ -41,6 +43,7 @@ MAX_READ_TASKS = 1000
 WORKER_TRIES = 3
 READ_TRIES = 8  # of a part's task: from the second on it reads in a process apart, so these are for nodes that go
 GROWN, GROWN_FOR_S = 1.25, 30.0  # how much larger a cluster must be, and stay, for a graph to begin anew
+STACKS_S, MOST_NODES = 10.0, 32  # for nodes to say where their workers are
 LOST = (
     ray.exceptions.RayActorError,
     ray.exceptions.WorkerCrashedError,
@@ -112,9 +115,11 @@ def stream(parts: Iterable[Part], work: Work) -> Stream:
 class Stream:
     """One graph and its results, for `rounds`: taken by one thread, abandoned by another."""
 
-    def __init__(self, parts: list[Part], work: Work) -> None:
-        self.parts, self.work, self.workers = parts, work, workers(work.job)
+    def __init__(self, parts: list[Part], work: Work, count: int | None = None) -> None:
+        """count: of workers, if not as many as there is room for."""
+        self.parts, self.work, self.workers = parts, work, count or workers(work.job)
         self.executor: Any = None
+        self.is_abandoned = False
         self.grown_since: float | None = None
         self.results = self._results()
 
@@ -129,6 +134,7 @@ class Stream:
 
     def abandon(self) -> None:
         """Kill the graph's tasks and actors. Who waits for its results is told that there are no more."""
+        self.is_abandoned = True
         if self.executor:
             self.executor.shutdown(force=True)
 
@@ -146,8 +152,44 @@ class Stream:
         self.grown_since = self.grown_since or time.monotonic()
         return time.monotonic() - self.grown_since >= GROWN_FOR_S
 
+    def is_shrunken(self) -> bool:
+        """Whether actors wait for room that there is no more; not where only idle ones have gone, with their nodes."""
+        if workers(self.work.job) < self.workers:
+            with suppress(Exception):  # inner names of Ray's, as below
+                pools = [pool for op in self.executor._topology for pool in op.get_autoscaling_actor_pools()]
+                return any(pool.num_restarting_actors() or pool.num_pending_actors() for pool in pools)
+        return False
+
+    def idle_workers(self) -> int:
+        """A pool gives idle actors back once its input has ended, so there is room for others where they were."""
+        with suppress(Exception):  # inner names of Ray's; tests/test_stragglers.py holds them
+            op, state = list(self.executor._topology.items())[-1]
+            (pool,) = op.get_autoscaling_actor_pools()
+            busy: int = pool.num_active_actors()
+            if busy and op._inputs_complete and not state.total_enqueued_input_blocks():
+                return max(0, min(self.workers, workers(self.work.job)) - busy)
+        return 0
+
+    def beside(self, parts: list[Part]) -> Stream:
+        return Stream(parts, self.work, max(1, self.idle_workers()))
+
+    def stacks(self) -> str:
+        """Of the workers on each node, as far as they say so in time."""
+        ask = ray.remote(num_cpus=0, max_retries=0)(stacks.of_machine)
+        asked = {}
+        nodes: list[dict[str, Any]] = ray.nodes()  # type: ignore[no-untyped-call]
+        for node in [node for node in nodes if node["Alive"]][:MOST_NODES]:
+            there = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
+            asked[ask.options(scheduling_strategy=there).remote(job_name())] = node["NodeManagerAddress"]
+        answered, _ = ray.wait(list(asked), num_returns=len(asked), timeout=STACKS_S)
+        told = {}
+        for answer in answered:
+            with suppress(ray.exceptions.RayError):
+                told.update({f"  {title} on {asked[answer]}": threads for title, threads in ray.get(answer)})
+        return "\n".join(f"{title}\n{threads}" for title, threads in told.items())
+
     def _results(self) -> Generator[Embedded | Failed]:
-        dataset = _graph(self.parts, self.work)
+        dataset = _graph(self.parts, self.work, self.workers)
         _STARTING.stream = self
         try:
             for block in dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
@@ -169,16 +211,18 @@ class _Started(ExecutionCallback):  # type: ignore[misc, unused-ignore]
     def before_execution_starts(self, executor: Any) -> None:
         if stream := getattr(_STARTING, "stream", None):
             stream.executor = executor
+            if stream.is_abandoned:
+                raise ray.exceptions.RayError("not wanted any more")
 
 
 def _stage(name: str) -> str:
     return "reading" if "Read" in name else "the workers' batches" if "Step" in name else name
 
 
-def _graph(parts: list[Part], work: Work) -> ray.data.Dataset:
+def _graph(parts: list[Part], work: Work, count: int) -> ray.data.Dataset:
     handle = ray.put(work)
-    batches = _batches(parts, work, handle)
-    count, gpus = workers(work.job), _gpus_per_worker(work.job)
+    batches = _batches(parts, work, handle, count)
+    gpus = _gpus_per_worker(work.job)
     if not prepares_apart(work):
         cpus = 0 if gpus else min(ACTOR_CPUS * work.threads, ACTOR_CPUS * _cpus() / count)
         return _actors(batches, ["both", handle], count, cpus, gpus)
@@ -187,9 +231,9 @@ def _graph(parts: list[Part], work: Work) -> ray.data.Dataset:
     return _actors(prepared, ["embed", handle], count, cpus, gpus, calls=LANES + 1)  # one more to fetch its blocks
 
 
-def _batches(parts: list[Part], work: Work, handle: ray.ObjectRef[Work]) -> ray.data.Dataset:
+def _batches(parts: list[Part], work: Work, handle: ray.ObjectRef[Work], count: int) -> ray.data.Dataset:
     """Read, one batch a row."""
-    _tune_context(_block_bytes(parts, workers(work.job)))
+    _tune_context(_block_bytes(parts, count))
     items = [{"payload": pickle.dumps(part)} for part in parts]
     source = ray.data.from_items(items, override_num_blocks=min(len(items), MAX_READ_TASKS))
     return source.map_batches(

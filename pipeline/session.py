@@ -31,7 +31,8 @@ from pipeline.commit import METER, Footer, Output, parse_footer
 from pipeline.errors import JobFailed, Stopped, StorageError
 from pipeline.meter import Meter, Spent, bottleneck, retried
 from pipeline.plan import Plan
-from pipeline.rounds import TICK_S, Rounds
+from pipeline.pump import TICK_S
+from pipeline.rounds import Rounds
 from pipeline.signals import Signals
 from pipeline.storage import Entry
 from pipeline.watch import LEFT_BEHIND, Outstanding, Watch
@@ -156,6 +157,8 @@ class Session:
         whose = {"session": self.name, **parts, "rows_in": tally.rows_in}
         if self.watch.stalls:
             whose["stalls"] = list(self.watch.stalls)
+        if self.watch.stragglers:
+            whose["stragglers"] = list(self.watch.stragglers)
         return {**whose, "bottleneck": bottleneck(measured), **asdict(measured)}
 
     def _whole_parts(self, runner: ModuleType) -> Iterator[Gathering]:
@@ -166,8 +169,9 @@ class Session:
             self.meter.arrived(rounds.cpu_s)
             if isinstance(result, Failed):
                 self.meter.add(result.spent)
-                self.failed[result.part_index] = result.message
-                self.gathering.pop(result.part_index, None)
+                if result.part_index not in self.whole:  # as one may be that came from elsewhere
+                    self.failed[result.part_index] = result.message
+                    self.gathering.pop(result.part_index, None)
                 continue
             index = result.part_index
             if index in self.failed or index in self.whole:

@@ -43,6 +43,7 @@ class Watch:
         self.stall_s, self.waited_s, self.looked = stall_s, 0.0, time.monotonic()
         self.reruns, self.told = 0, ""
         self.stalls: list[dict[str, object]] = []  # for the meter
+        self.stragglers: list[dict[str, object]] = []
 
     def begin(self) -> None:
         self.waited_s, self.looked = 0.0, time.monotonic()
@@ -57,16 +58,25 @@ class Watch:
         self.waited_s, self.looked = self.waited_s + min(now - self.looked, MOST_TICK_S), now
         return self.waited_s > self.stall_s * (1 << self.reruns)
 
-    def tell(self, shown: Sequence[Outstanding], left: int, where: str) -> str:
-        """Say what is out and where it hangs, with the stacks of our threads; the same without them in one line."""
+    def tell(self, shown: Sequence[Outstanding], left: int, where: str, workers: str = "") -> str:
+        """Say what is out and where it hangs, with the stacks of our threads and of workers elsewhere; the same without
+        them in one line."""
         line = (
             f"no batch came for {self.waited_s:.0f} s (resources.stall_s: {self.stall_s:g}); {left} parts are "
             f"not whole; it hangs probably in: {where}"
         )
         self.stalls.append({"waited_s": round(self.waited_s), "where": where, "parts": left})
-        log.warning("%s\n%s\nthreads of the driver:\n%s", line, told(shown, left), stacks())
+        log.warning("%s\n%s\nthreads of the driver:\n%s%s", line, told(shown, left), stacks(), _beyond(workers))
         self.told = line
         return line
+
+    def straggle(self, shown: Sequence[Outstanding], left: int, waited_s: float, workers: str) -> None:
+        """Say that the last parts keep idle workers waiting, and run on them too; and where the others are."""
+        self.stragglers.append({"waited_s": round(waited_s), "parts": left})
+        log.warning(
+            "some workers have had nothing to do for %.0f s: what is left (%d of the parts) runs on them too\n%s%s",
+            waited_s, left, told(shown, left), _beyond(workers),
+        )  # fmt: skip
 
     def again(self, why: str, left: int) -> bool:
         """Whether to run what is left again; False when that was done RERUNS times without one new batch."""
@@ -83,6 +93,10 @@ def told(shown: Sequence[Outstanding], left: int) -> str:
     """A few of the parts that are left, a line each."""
     more = f"\n  and {left - len(shown)} more" if left > len(shown) else ""
     return "\n".join(f"  {part}" for part in shown) + more
+
+
+def _beyond(workers: str) -> str:
+    return f"\nworkers:\n{workers}" if workers else ""
 
 
 def where_threads_are() -> str:

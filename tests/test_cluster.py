@@ -49,7 +49,7 @@ def test_one_small_part_is_work_for_every_worker(two_cpus: None, tmp_path: Path)
     found = probe(job)
     (part,) = make_plan(job, found.cards, found.dtype).parts
     work = Work(job, found.cards, found.dtype, found.device, batch_size=4, threads=1)
-    blocks = cluster._batches([part], work, ray.put(work)).materialize()
+    blocks = cluster._batches([part], work, ray.put(work), 2).materialize()
     assert blocks.count() == 16 and blocks.num_blocks() >= 8
 
 

@@ -21,7 +21,7 @@ LAYERS = [
     {"schema", "vectors"},
     {"storage"},
     # what an image's first bytes say; what stages did; where models run; what threads are at
-    {"headers", "meter", "device", "gpus", "flight"},
+    {"headers", "meter", "device", "gpus", "flight", "stacks"},
     {"read", "decode", "preprocess", "models", "outputs"},
     {"shrink"},  # how much of a JPEG the resizes can spare
     {"job"},
@@ -30,7 +30,8 @@ LAYERS = [
     {"embed_images"},  # a job's way for images at hand
     {"embed", "write", "commit"},
     {"child", "generations"},  # a process that may die; what retries added
-    {"apart", "watch", "signals"},
+    {"apart", "watch", "signals", "stragglers"},
+    {"pump"},
     {"rounds"},
     {"actors"},  # what workers of a cluster do
     {"local", "cluster"},

@@ -85,6 +85,18 @@ class Hanging:
     def is_outgrown(self) -> bool:
         return False
 
+    def is_shrunken(self) -> bool:
+        return False
+
+    def idle_workers(self) -> int:
+        return 0
+
+    def beside(self, parts: list[Part]) -> Iterator[Embedded | Failed]:
+        raise AssertionError("nobody waits")
+
+    def stacks(self) -> str:
+        return "  a worker's stack"
+
 
 class Runner:
     """`holds`: at which result each of its streams hangs; those after them do not."""
@@ -125,6 +137,7 @@ def test_what_a_hanging_stream_left_is_run_again(
     assert "4 parts are not whole" in told and "the workers' batches (2 under way)" in told
     assert "part 2: batch 1 is missing; 1 batches came" in told and "part 3: batch 0 is missing; nothing came" in told
     assert "img2parquet-results" in told and "rounds.py" in told  # the driver's threads
+    assert told.endswith("workers:\n  a worker's stack")
     assert summary.meter["stalls"] == [{"waited_s": 2, "where": "the workers' batches (2 under way)", "parts": 4}]
     check_whole(made, job.output.uri)
 

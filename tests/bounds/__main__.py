@@ -64,6 +64,7 @@ def cases(scale: float) -> Iterator[Case]:
     yield Case(f"JPEGs and PNGs of {height * width / 1e6:.0f} megapixels", "local", 6, pixels, of_pixels, batch=2)
     yield Case(f"{count:,} images in one tar", "local", count, _sized(many_images, count), 100)
     yield Case(f"a tar of {large * each / 1e9:.1f} GB", "ray", large, megabytes, of_bytes)
+    yield Case(f"{count:,} images in one tar", "ray", count, _sized(many_images, count), 100)
 
 
 def _sized(make: Callable[..., None], *sizes: int) -> Callable[[Path], None]:
@@ -74,13 +75,14 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.bounds", description=__doc__)
     parser.add_argument("--scale", type=float, default=1.0, help="how large, of the sizes above")
     parser.add_argument("--runner", choices=("local", "ray"), help="these cases alone")
+    parser.add_argument("--only", default="", metavar="WORDS", help="cases whose names have these, as `images in one`")
     parser.add_argument("--out", type=Path, help="peaks and bounds as JSON")
     arguments = parser.parse_args()
     started, rows = time.monotonic(), list[dict[str, Any]]()
     with tempfile.TemporaryDirectory(prefix="img2parquet-bounds-") as folder:
         model = make_model(Path(folder) / "model")
         for case in cases(arguments.scale):
-            if arguments.runner in (None, case.runner):
+            if arguments.runner in (None, case.runner) and arguments.only in case.name:
                 rows.append(measure(case, model, Path(folder)))
                 print(_line(rows[-1]), flush=True)
                 _write(rows, arguments.scale, time.monotonic() - started, arguments.out)

@@ -173,8 +173,9 @@ def _summary(counts: Counter[str], failures: list[str], seconds: float) -> str:
     stops, clocks = counts["drivers stopped and continued"], counts["drivers with a jumping clock"]
     return (
         f"chaos: {counts['runs']} runs, {counts['drivers']} drivers, {kills} kills, {stops} stops, {clocks} clocks, "
-        f"{faults} storage faults, {counts['rows checked']} rows checked, rows lost = {counts['rows lost']}, "
-        f"rows twice = {counts['rows twice']}, {len(failures)} failures, {seconds:.0f} s"
+        f"{faults} storage faults, {counts['bad inputs']} bad inputs, {counts['rows checked']} rows checked, "
+        f"rows lost = {counts['rows lost']}, rows twice = {counts['rows twice']}, {len(failures)} failures, "
+        f"{seconds:.0f} s"
     )
 
 

@@ -25,8 +25,9 @@ Key = tuple[str, str, str]  # model, shard, key
 
 @dataclass(frozen=True)
 class Undisturbed:
-    digests: Mapping[str, str]  # by a part's name
+    digests: Mapping[str, str]  # by a part's name, whose bytes hold its rejects too
     keys: frozenset[Key]
+    bad: int  # images, which each model rejects
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,7 @@ def run_undisturbed(folder: Path, pattern: str, uri: str, shards: int = SHARDS, 
     bad = sum(shard < shards and row < rows for shard, row in BROKEN)
     assert len(files) == shards * len(MODELS) and set(counts.values()) == {1}
     assert len(counts) == (shards * rows - bad) * len(MODELS)
-    return Undisturbed({name: hashlib.sha256(data).hexdigest() for name, data in files.items()}, frozenset(counts))
+    return Undisturbed({name: hashlib.sha256(data).hexdigest() for name, data in files.items()}, frozenset(counts), bad)
 
 
 def read_parts(uri: str) -> dict[str, bytes]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, Pipe
 from pathlib import Path
@@ -18,6 +19,7 @@ from tests.chaos.bed import Key
 from tests.chaos.forks import fork
 
 EVERY_S = 0.01
+TRIES = 3
 State = tuple[object, ...]  # of a file, which never changes
 
 
@@ -37,22 +39,30 @@ class Reader:
         theirs.close()
 
     def stop(self) -> Seen:
-        self.pipe.send(None)
-        seen: Seen = self.pipe.recv()
-        os.waitpid(self.pid, 0)
+        """Also of one that has ended before: with what it met, or with how it ended where it could not say."""
+        seen = Seen()
+        with suppress(ConnectionError):  # it may be gone, what it said is in the pipe all the same
+            self.pipe.send(None)
+        with suppress(ConnectionError, EOFError):
+            seen = self.pipe.recv()
+        status = os.waitpid(self.pid, 0)[1]
+        if status:
+            seen.problems.append(f"a reader ended with {os.waitstatus_to_exitcode(status)}")
         self.pipe.close()
         return seen
 
 
 def _watch(uri: str, endpoint: str, pipe: Connection) -> None:
-    look, stopped = _Look(uri, endpoint), False
-    while not stopped:
+    look, stopped, failed = _Look(uri, endpoint), False, 0
+    while not stopped and failed < TRIES:
         stopped = pipe.poll(EVERY_S)  # and looks once more
         try:
             look()
-        except Exception as error:
-            look.seen.problems.append(f"a reader met {type(error).__name__}: {error}")
-            break
+            failed = 0
+        except Exception as error:  # a server that many ask at once may be late: what it shows is told later as well
+            failed += 1
+            if failed == TRIES or stopped:
+                look.seen.problems.append(f"a reader met {type(error).__name__}: {error}")
     pipe.send(look.seen)
 
 
@@ -73,6 +83,7 @@ class _Look:
                 self.seen.problems.append(f"{name} was changed: {state} -> {now[name]}")
         for name in sorted(now.keys() - self.states.keys()):
             self._read(name)
+            self.states[name] = now[name]
         self.states = now
 
     def _files(self) -> Iterator[tuple[str, State]]:

@@ -174,4 +174,5 @@ def compare(bed: Bed, store: str, place: Place) -> tuple[list[str], dict[str, in
     if place.server:
         for entry in output.files().values():
             output.store.delete(entry.uri)  # the server holds everything in memory
-    return problems, {"rows checked": len(counts), "rows lost": len(lost), "rows twice": twice}
+    done = {"rows checked": len(counts), "bad inputs": undisturbed.bad, "rows lost": len(lost), "rows twice": twice}
+    return problems, done

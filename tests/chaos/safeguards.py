@@ -20,8 +20,10 @@ from typing import Any
 import pytest
 
 ROOT = Path(__file__).parents[2]
-STORES = ("tests/storage/test_disk.py", "tests/storage/test_store.py", "tests/storage/test_faults.py")
-JOBS = ("tests/chaos/test_store_faults.py", "tests/test_commit.py")
+DISK, STORE, FAULTS = "tests/storage/test_disk.py", "tests/storage/test_store.py", "tests/storage/test_faults.py"
+JOBS, COMMIT, DRIVER = "tests/chaos/test_store_faults.py", "tests/test_commit.py", "tests/test_driver.py"
+VERIFY = "tests/test_verify.py"
+ENOUGH = 6
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,7 @@ class Safeguard:
     turn_off: Callable[[], None]
     tests: tuple[str, ...]
     chaos: bool = False
+    enough: int = ENOUGH  # red tests, before the others are not run any more
 
 
 def _create_once() -> None:
@@ -137,6 +140,13 @@ def _retries() -> None:
     Patience.after = lambda self, attempt, fault: None  # type: ignore[method-assign]
 
 
+def _attempts() -> None:
+    """What killed its worker is tried for ever."""
+    from pipeline import apart, supervise, watch
+
+    apart.TRIES = apart.READ_TRIES = supervise.DEATHS = watch.RERUNS = 1 << 60
+
+
 def _hidden_temporaries() -> None:
     """A file is written under its own name."""
     from pipeline.storage import disk
@@ -150,18 +160,19 @@ def _hidden_temporaries() -> None:
 
 
 SAFEGUARDS = {
-    "create-once": Safeguard("no object is ever written over", _create_once, STORES, chaos=True),
-    "probe": Safeguard("a store that ignores conditions is refused", _probe, JOBS),
-    "look": Safeguard("after an unknown outcome, the store is asked what is there", _look, JOBS),
-    "412-is-done": Safeguard("an object that is there already is a success", _412_is_done, JOBS, chaos=True),
-    "names": Safeguard("a part's name depends on what it covers and the identity alone", _names, JOBS, chaos=True),
-    "checksums": Safeguard("a changed byte of a part is found", _checksums, ("tests/test_verify.py",)),
-    "record-digests": Safeguard("a changed record is found", _record_digests, ("tests/test_verify.py",)),
-    "lengths": Safeguard("a short body is never taken for a whole one", _lengths, (*STORES, *JOBS)),
-    "pins": Safeguard("an input that changed since its plan is not read", _pins, (*STORES, "tests/test_driver.py")),
-    "identity": Safeguard("another run's output is not resumed", _identity, (*JOBS, "tests/test_driver.py")),
-    "retries": Safeguard("what passes is waited for", _retries, (*STORES, *JOBS)),
-    "temporaries": Safeguard("a file has its name only when it is whole", _hidden_temporaries, STORES, chaos=True),
+    "create-once": Safeguard("no object is ever written over", _create_once, (DISK, STORE), chaos=True),
+    "probe": Safeguard("a store that ignores conditions is refused", _probe, (JOBS,)),
+    "look": Safeguard("after an unknown outcome, the store is asked what is there", _look, (JOBS, COMMIT)),
+    "412-is-done": Safeguard("an object that is there already is a success", _412_is_done, (JOBS, COMMIT), chaos=True),
+    "names": Safeguard("a part's name depends on what it covers and the identity alone", _names, (COMMIT,), chaos=True),
+    "checksums": Safeguard("a changed byte of a part is found", _checksums, (VERIFY,)),
+    "record-digests": Safeguard("a changed record is found", _record_digests, (VERIFY,)),
+    "lengths": Safeguard("a short body is never taken for a whole one", _lengths, (FAULTS, JOBS)),
+    "pins": Safeguard("an input that changed since its plan is not read", _pins, (STORE, DRIVER)),
+    "identity": Safeguard("another run's output is not resumed", _identity, (DRIVER, COMMIT)),
+    "retries": Safeguard("what passes is waited for", _retries, (FAULTS, JOBS)),
+    "attempts": Safeguard("what kills its worker is not tried for ever", _attempts, ("tests/test_apart.py",), enough=2),
+    "temporaries": Safeguard("a file has its name only when it is whole", _hidden_temporaries, (DISK,), chaos=True),
 }  # fmt: skip
 
 
@@ -183,26 +194,33 @@ def pytest_configure(config: pytest.Config) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.chaos.safeguards")
     parser.add_argument("names", nargs="*", default=list(SAFEGUARDS), metavar="NAME")
-    parser.add_argument("--out", type=Path)
+    parser.add_argument("--out", type=Path, help="the list as JSON; what is there of other safeguards stays")
     arguments = parser.parse_args()
-    started = time.monotonic()
-    missed = {name: _tests_that_miss(name) for name in arguments.names}
-    unheld = [name for name, red in missed.items() if not red]
-    if arguments.out:
-        table = {name: {"promise": SAFEGUARDS[name].promise, "red": red} for name, red in missed.items()}
-        arguments.out.write_text(json.dumps(table, indent=1) + "\n")
-    held = len(missed) - len(unheld)
+    started, missed = time.monotonic(), dict[str, list[str]]()
+    for name in arguments.names:
+        missed[name] = _tests_that_miss(name)
+        if arguments.out:
+            _write(arguments.out, name, missed[name])
+    held = sum(map(bool, missed.values()))
     print(f"safeguards: {held} of {len(missed)} turned off make a test fail, {time.monotonic() - started:.0f} s")
-    return 1 if unheld else 0
+    return 0 if held == len(missed) else 1
+
+
+def _write(out: Path, name: str, red: list[str]) -> None:
+    """After each: a suite that is stopped leaves what it had."""
+    table = json.loads(out.read_text()) if out.exists() else {}
+    table[name] = {"without": SAFEGUARDS[name].promise, "red": red}
+    ordered = {name: table[name] for name in SAFEGUARDS if name in table}
+    out.write_text(json.dumps(ordered, indent=1) + "\n")
 
 
 def _tests_that_miss(name: str) -> list[str]:
-    """The tests that are green with everything on, and red without this."""
+    """Tests that are green with everything on, and red without this: not all, but enough."""
     safeguard = SAFEGUARDS[name]
     red = sorted(_red(name, safeguard.tests) - _red("", safeguard.tests))
     if safeguard.chaos:
         red += _chaos_problems(name)
-    print(f"without {name} ({safeguard.promise}): {len(red)} red", *red[:6], sep="\n    ", flush=True)
+    print(f"without {name} ({safeguard.promise}): {len(red)} red", *red, sep="\n    ", flush=True)
     return red
 
 
@@ -214,7 +232,7 @@ def _red(without: str, files: tuple[str, ...]) -> set[str]:
     if (without, files) not in _GREEN:
         command = [sys.executable, "-m", "pytest", "-q", "--tb=no", "-rfE", "-p", "no:cacheprovider", "--timeout=120"]
         command += ["-m", "not slow and not realstore", "-p", "tests.chaos.safeguards", *files]
-        ran = _run([*command, *(["--without", without] if without else [])])
+        ran = _run([*command, *([f"--maxfail={SAFEGUARDS[without].enough}", "--without", without] if without else [])])
         if ran.returncode not in (0, 1):
             raise SystemExit(f"pytest ended with {ran.returncode}:\n{ran.stdout[-2000:]}{ran.stderr[-2000:]}")
         told = re.findall(r"^(?:FAILED|ERROR) (\S+\.py::.*?)(?: - .*)?$", ran.stdout, re.MULTILINE)

@@ -38,3 +38,28 @@ def test_a_thousand_seeds_meet_every_step_of_every_object(store: str) -> None:
     met = {(blow.step, blow.name) for blow in blows if isinstance(blow, Blow) and blow.what == "kill" and blow.step}
     missing = {(step, name) for step in STEPS[store] for name in (PART, *OBJECTS)} - met
     assert not missing
+
+
+READER = """
+import os, signal, sys
+from tests.chaos import reader
+from tests.chaos.reader import Reader
+
+def ended(seen):
+    print([problem.partition(":")[0] for problem in seen.problems])
+
+one = Reader(sys.argv[1], "")
+os.kill(one.pid, signal.SIGKILL)
+ended(one.stop())
+reader._Look._files = lambda self: 1 / 0
+two = Reader(sys.argv[1], "")
+os.waitid(os.P_PID, two.pid, os.WEXITED | os.WNOWAIT)  # gone before it is told to stop
+ended(two.stop())
+"""
+
+
+def test_a_reader_that_ends_early_says_why(tmp_path: Path) -> None:
+    ran = subprocess.run([sys.executable, "-c", READER, str(tmp_path)], cwd=ROOT, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr
+    died, failed = ran.stdout.splitlines()
+    assert died == "['a reader ended with -9']" and failed == "['a reader met ZeroDivisionError']"

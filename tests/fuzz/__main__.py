@@ -155,9 +155,12 @@ def _versions() -> dict[str, str]:
 
 
 def _summary(record: dict[str, Any], problems: int) -> str:
-    counts = ", ".join(f"{record[name]['cases']} {name}" for name in ("images", "shards", "jobs"))
+    counts = {name: record[name]["cases"] for name in ("images", "shards", "jobs")}
     runs = sum(said["ran"] for said in record["parsers"].values())
-    return f"fuzz: {counts}, {runs} runs of parsers, {problems} problems, {record['seconds']} s"
+    return (
+        f"fuzz: {sum(counts.values())} bad inputs ({', '.join(f'{count} {name}' for name, count in counts.items())}), "
+        f"{runs} runs of parsers, {problems} crashed, hung, took too much or lost a row, {record['seconds']} s"
+    )
 
 
 if __name__ == "__main__":
