@@ -19,7 +19,9 @@ The way of one image, a file for each step:
     rounds.py       results of workers that may hang or be lost: watch.py looks at the clock, signals.py hears SIGTERM
     finish.py       every part's footer -> rejects, manifest, totals
     driver.py       a job from start to end
-    generations.py  what later runs added to an output: names, records and union; retrying.py tries rejects again
+    generations.py  what later runs added to an output: names, records and union; retrying.py tries rejects again,
+                    extending.py adds files that have come to the input since
+    slices.py       several drivers on one plan, each with its slice; listing.py: what lies in an output, compactly
     report/         what lies in an output -> one HTML page
     exports/        committed rows -> the files of another tool; vectors.py: a column of vectors -> numpy
 

@@ -92,6 +92,16 @@ def _parser() -> argparse.ArgumentParser:
     )
     run.add_argument("--address", help="Ray cluster to join; default: RAY_ADDRESS, or one started here")
     run.add_argument("--json", action="store_true", help="print the summary as JSON")
+    run.add_argument(
+        "--shard", metavar="I/N", help="every N-th part from part I on: several drivers do one job, each with another I"
+    )
+    run.add_argument(
+        "--extend", action="store_true", help="also do the files that have come to the input since the job was planned"
+    )
+    run.epilog = (
+        "example: img2parquet run jobs/label_photos.yaml --runner local; with --shard 0/4 a quarter of it; with "
+        "--extend, later, what has come to the input since"
+    )
     _add_job(_command(commands, "plan", _plan, "what a run would do: parts, bytes, what is committed; writes nothing"))
     status = _command(commands, "status", _status, "how far a run is; works while it runs")
     status.add_argument("uri", help="the job's output.uri")
@@ -158,6 +168,8 @@ def _run(arguments: argparse.Namespace) -> int:
             load_job(arguments.job, arguments.set),
             arguments.runner,
             address=arguments.address,
+            shard=arguments.shard,
+            extend=arguments.extend,
             signals=arguments.signals,
             on_change=progress,
         )
@@ -211,13 +223,21 @@ def print_retry(summary: Any) -> None:
 def print_summary(summary: Any) -> None:
     """A finished job in a few lines."""
     done_now = summary.parts - summary.parts_done_before
+    if summary.added:
+        say(f"extended   no. {summary.generation}: {summary.added:,} new files")
+    if summary.shard:
+        say(f"shard      {summary.shard}" + ("" if summary.parts_left else ": every part of the job is there"))
     if not summary.parts:
         pass  # of a retry with nothing to do
     elif done_now:
         say(f"parts      {summary.parts} ({done_now} now, {summary.parts_done_before} before)")
     else:
         say(f"parts      {summary.parts}, all committed before: nothing to do")
-    say(f"rows in    {summary.rows_in:,}")
+    if summary.parts_left:
+        left = ", ".join(f"{shard}: {parts:,}" for shard, parts in list(summary.left.items())[:4])
+        more = f" and {len(summary.left) - 4} more shards" if len(summary.left) > 4 else ""
+        say(f"left       {summary.parts_left:,} parts ({left}{more}); whoever does the last ends the job")
+    say(f"rows in    {summary.rows_in:,}" + (" in this shard" if summary.parts_left else ""))
     for name, rows in summary.rows_written.items():
         say(f"written    {rows:,} to model={name}")
     reasons = ", ".join(f"{reason} {count}" for reason, count in summary.rejected.items())
@@ -235,6 +255,7 @@ def print_summary(summary: Any) -> None:
 
 def _plan(arguments: argparse.Namespace) -> int:
     from pipeline.commit import Output
+    from pipeline.generations import read_history
     from pipeline.job import load_job
     from pipeline.plan import check_same_run, identities, make_plan
     from pipeline.probe import probe
@@ -250,6 +271,7 @@ def _plan(arguments: argparse.Namespace) -> int:
     else:
         check_same_run(plan, identities(job, probed.cards, probed.dtype), output.uri)
     files = output.files()
+    plan = read_history(output, plan, files).plan
     rows = f"{plan.rows:,}" if plan.rows is not None else "known when read"
     size = f"{sum(part.size_bytes for part in plan.parts):,} bytes of input"
     say(f"plan       {len(plan.parts)} parts, {size}, rows {rows}; {where}")
@@ -273,9 +295,11 @@ def print_status(now: Any) -> None:
     rows = f"{now.rows_in:,}" if now.rows_in is not None else unknown
     planned = f" of {now.rows_planned:,}" if now.rows_planned is not None else ""
     say(f"state      {'complete' if now.is_complete else 'not complete'}")
-    if now.generation:
+    if now.retries_begun:
         left = f", {now.retry_files_left} files of the last one are left" if now.retry_files_left else ""
-        say(f"retried    {now.generation} times{left}")
+        say(f"retried    {now.retries_begun} times{left}")
+    if now.generation > now.retries_begun:
+        say(f"extended   {now.generation - now.retries_begun} times")
     for name, done in now.parts_done.items():
         written = f", {now.rows_written[name]:,} rows" if now.rows_written is not None else ""
         say(f"model      {name}: {done} of {now.parts} parts{written}")

@@ -48,8 +48,8 @@ def are_derived(files: Collection[str]) -> set[str]:
     return {name for name in files if is_visible(name) and name.startswith("model=") and model_of(name) in names}
 
 
-def mirror_problems(plan: Plan, keys: Mapping[str, Mapping[str, list[str]]]) -> Iterator[str]:
-    """Where a derived part's rows are not those of the part that it was made from. keys: by file name and shard."""
+def mirror_problems(plan: Plan, keys: Mapping[str, bytes]) -> Iterator[str]:
+    """Where a derived part's rows are not those of the part that it was made from. keys: of each file, a digest."""
     for model, identity in plan.identities.items():
         source = identity.get("source")
         names = [] if source is None else plan.names[model]

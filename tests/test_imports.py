@@ -25,10 +25,10 @@ LAYERS = [
     {"shrink"},  # how much of a JPEG the resizes can spare
     {"job"},
     {"graphs", "batch_size"},
-    {"plan", "batch", "probe", "forward"},
+    {"plan", "batch", "probe", "forward", "listing"},
     {"embed", "write", "commit"},
-    {"child", "generations"},  # a process that may die; what retries added
-    {"apart", "watch", "signals"},
+    {"child", "generations"},  # a process that may die; what later runs added
+    {"apart", "watch", "signals", "slices", "extending"},
     {"rounds"},
     {"actors"},  # what workers of a cluster do
     {"local", "cluster"},
