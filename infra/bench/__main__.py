@@ -3,7 +3,8 @@
     python -m infra.bench [SUITE ...] [--quick] [--threads 2] [--rounds 5] [--only bit-50 ...] [--out FOLDER]
 
 Without a name, all. `--quick` is for looking whether it works: one round, small batches, results to out/bench.
-`python -m infra.bench gpu --help` tells of the suite for one GPU, which is not among all.
+`python -m infra.bench gpu --help` tells of the suite for one GPU, and `simulate --help` of what a job of 1e9 images
+asks of its driver: these two are not among all.
 Exit status 1 where a contestant does not give what the reference gives; a floor that is not reached is printed.
 """
 
@@ -14,7 +15,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from infra.bench import decode, efficiency, end_to_end, gpu, growth, models
+from infra.bench import decode, efficiency, end_to_end, gpu, growth, models, simulate
 from infra.bench.contest import Rules
 from infra.bench.report import Report
 
@@ -33,6 +34,8 @@ def main(arguments: list[str] | None = None) -> int:
     given = sys.argv[1:] if arguments is None else arguments
     if given[:1] == ["gpu"]:  # for a machine that has one, with options of its own
         return gpu.main(given[1:])
+    if given[:1] == ["simulate"]:  # of the driver alone: hours at its full size
+        return simulate.main(given[1:], RESULTS)
     options = _options(given)
     rules = Rules(rounds=1, round_s=0.0, quick=True) if options.quick else Rules(rounds=options.rounds)
     folder: Path = options.out or (QUICK_RESULTS if options.quick else RESULTS)
