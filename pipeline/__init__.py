@@ -21,7 +21,9 @@ The way of one image, a file for each step:
     stacks.py       where threads of workers on other machines are
     finish.py       every part's footer -> rejects, manifest, totals
     driver.py       a job from start to end; measure.py: a sample of one (sample.py), and what the whole would take
-    generations.py  what later runs added to an output: names, records and union; retrying.py tries rejects again
+    generations.py  what later runs added to an output: names, records and union; retrying.py tries rejects again,
+                    extending.py adds files that have come to the input since
+    slices.py       several drivers on one plan, each with its slice; listing.py: what lies in an output, compactly
     report/         what lies in an output -> one HTML page
     exports/        committed rows -> the files of another tool; vectors.py: a column of vectors -> numpy
     embed_images.py images at hand -> vectors, as a job would have written them

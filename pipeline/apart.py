@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Container, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -28,6 +28,7 @@ from pipeline.meter import Spent
 from pipeline.preprocess import PreprocessSettings
 from pipeline.read import PartLimits
 from pipeline.schema import Part, Piece, Reason, Reject, Row
+from pipeline.storage import Entry
 
 TRIES = 2
 READ_TRIES = 6  # of one file, whose reader dies at another row each time
@@ -135,8 +136,8 @@ class ReadApart:
     def close(self) -> None:
         self.child.close()
 
-    def plan(self, limits: PartLimits) -> Iterator[tuple[Piece, ...]]:
-        return self.source.plan(limits)
+    def plan(self, limits: PartLimits, known: Container[Entry] = ()) -> Iterator[tuple[Piece, ...]]:
+        return self.source.plan(limits, known)
 
     def passthrough(self) -> pa.Schema:
         return self.source.passthrough()

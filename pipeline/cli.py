@@ -19,6 +19,10 @@ from pipeline.tell import json_line, print_retry, print_summary, say
 from pipeline.watch import LEFT_BEHIND
 
 DONE, FAILED, MISUSE = 0, 1, 2
+RUN_EXAMPLES = """examples:
+  img2parquet run jobs/demo.yaml --runner local --set output.uri=out/try
+  img2parquet run jobs/label_photos.yaml --shard 0/4
+  img2parquet run jobs/label_photos.yaml --extend"""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -74,7 +78,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     run = _command(commands, "run", _run, "do what is left of a job; the same command resumes")
-    run.epilog = "example: img2parquet run jobs/demo.yaml --runner local --set output.uri=out/try"
+    run.epilog = RUN_EXAMPLES
     look.add_job(run)
     run.set_defaults(is_supervised=True)
     run.add_argument(
@@ -82,6 +86,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     run.add_argument("--address", help="Ray cluster to join; default: RAY_ADDRESS, or one started here")
     run.add_argument("--json", action="store_true", help="print the summary as JSON")
+    run.add_argument(
+        "--shard", metavar="I/N", help="every N-th part from part I on: several drivers do one job, each with another I"
+    )
+    run.add_argument(
+        "--extend", action="store_true", help="also do the files that have come to the input since the job was planned"
+    )
     look.add_commands(commands, _command)
     _add_retry(commands)
     report = _command(commands, "report", _report, "one HTML page about an output, with pictures; needs no network")
@@ -136,6 +146,8 @@ def _run(arguments: argparse.Namespace) -> int:
             load_job(arguments.job, arguments.set),
             arguments.runner,
             address=arguments.address,
+            shard=arguments.shard,
+            extend=arguments.extend,
             signals=arguments.signals,
             on_change=progress,
         )

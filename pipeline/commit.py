@@ -10,18 +10,20 @@ import base64
 import hashlib
 import json
 import random
-import re
 import sys
 import time
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import tee
 from typing import Any, Literal
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.errors import AccessDenied, AlreadyExists, NotFound, OutcomeUnknown, RunMismatch, StorageError
+from pipeline.listing import Listing, parse_name
 from pipeline.plan import Plan, check_same_run, decode_plan, encode_plan, plan_hash
 from pipeline.read.fetch import fetch_in_order
 from pipeline.storage import Entry, Store, join, resolve
@@ -31,15 +33,13 @@ from pipeline.write import DIGEST_KEY
 PLAN, RUN, MANIFEST, REJECTS, SUCCESS = (
     "_plan.parquet", "_run.json", "_manifest.parquet", "_rejects.parquet", "_SUCCESS",
 )  # fmt: skip
-PART_NAME = re.compile(
-    r"model=(?P<model>[^/]+)/part-(?P<index>\d{6,})-(?P<id>[0-9a-f]{16})(-retry(?P<retry>[1-9]\d*))?\.parquet"
-)
 RECORDS = (PLAN, RUN, MANIFEST, REJECTS)
 PUT_TRIES = 8
 
 SEAL = "sha256"  # the name of a record's digest of itself
 METER = "_meter-"  # <session>-<number>.json: what a session had measured by then
 FOOTER_READERS = 16
+FOOTER_TYPE = np.dtype([("id", "u8"), ("rows_in", "i8"), ("rows", "i8"), ("digest", "u1", (32,))])
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +64,44 @@ class Footer:
     def superseded(self) -> tuple[dict[str, Any], ...]:
         """Of a retry: the rejects, of its part's files before it, that stand no longer; they are its rows in."""
         return _unpacked(self.packed_superseded) if self.packed_superseded else ()
+
+
+class Footers(Mapping[str, Footer]):
+    """Footers of one plan's files by name: 1e5 of them take some megabytes. One thread at a time may add."""
+
+    def __init__(self, plan: Plan) -> None:
+        self.plan, self.columns = plan, dict[str, Any]()  # an array of FOOTER_TYPE by model, in the order of the parts
+        self.texts: dict[str, tuple[str, str]] = {}  # packed rejects and superseded, where there are any
+        self.none_packed, self.generation, self.count = "", 0, 0
+
+    def add(self, name: str, footer: Footer) -> None:
+        model, index, id = parse_name(name) or ("", 0, "0")
+        if model not in self.columns:
+            self.columns[model] = np.zeros(len(self.plan.parts), FOOTER_TYPE)
+        digest = np.frombuffer(footer.digest, np.uint8)
+        self.columns[model][self.plan.by_index.place(index)] = (int(id, 16), footer.rows_in, footer.rows, digest)
+        if footer.rows_in == footer.rows and not footer.packed_superseded:
+            self.none_packed = footer.packed_rejects
+        else:
+            self.texts[name] = (footer.packed_rejects, footer.packed_superseded)
+        self.generation, self.count = footer.generation, self.count + 1
+
+    def __getitem__(self, name: str) -> Footer:
+        model, index, id = parse_name(name) or ("", 0, "0")
+        if model not in self.columns or ("-retry" in name) != bool(self.generation):
+            raise KeyError(name)
+        found, rows_in, rows, digest = self.columns[model][self.plan.by_index.place(index)]
+        if int(found) != int(id, 16) or not digest.any():
+            raise KeyError(name)
+        packed, superseded = self.texts.get(name, (self.none_packed, ""))
+        identity = self.plan.identity(model)
+        return Footer(identity, index, int(rows_in), int(rows), packed, digest.tobytes(), self.generation, superseded)
+
+    def __iter__(self) -> Iterator[str]:
+        return (name for name in self.plan.names_by_part() if name in self)
+
+    def __len__(self) -> int:
+        return self.count
 
 
 @dataclass(frozen=True)
@@ -137,14 +175,13 @@ class Output:
                 f"{join(self.uri, PLAN)}: cannot be read: {what}", hint="put back the file that the run wrote"
             ) from None
 
-    def files(self) -> dict[str, Entry]:
+    def files(self) -> Listing:
         """Everything here, by its name below the output's folder. One listing."""
-        start = len(self.uri) + 1
-        return {entry.uri[start:]: entry for entry in self.store.list_files(self.uri)}
+        return Listing(self.uri, self.store.scan(self.uri))
 
     def part_files(self) -> dict[str, Entry]:
         """Every file below `model=*/`, by its name below the output's folder. One listing."""
-        return {name: entry for name, entry in self.files().items() if is_part_file(name)}
+        return {name: entry for name, entry in sorted(self.files().items()) if is_part_file(name)}
 
     def put_once(self, name: str, data: bytes) -> Literal["created", "done"]:
         """Create one object, whatever the store answers: `done` when it was there, also when it was we who created
@@ -190,8 +227,9 @@ class Output:
         self, names: Iterable[str], files: Mapping[str, Entry], known: Mapping[str, Footer] | None = None
     ) -> Iterator[tuple[str, Footer]]:
         """Each file's footer, in the order of the names; a few at a time are read of those that are not known."""
-        names, known = list(names), known or {}
-        missing = (name for name in names if name not in known)
+        names, ahead = tee(names)  # of those that are known as many wait as lie between two that are not
+        known = known or {}
+        missing = (name for name in ahead if name not in known)
         fetched = fetch_in_order(missing, lambda name: read_footer(self.store, files[name]), FOOTER_READERS)
         for name in names:
             yield name, known[name] if name in known else next(fetched)[1]
@@ -216,12 +254,6 @@ class Output:
                 f"{self.uri} holds {len(files)} result files but no {PLAN}: it is not an output that can be resumed",
                 hint="use another output.uri",
             )
-
-
-def parse_name(name: str) -> tuple[str, int, str] | None:
-    """`model=a/part-000003-<id>.parquet` -> (model, index, id); None for any other name."""
-    match = PART_NAME.fullmatch(name)
-    return (match["model"], int(match["index"]), match["id"]) if match else None
 
 
 def model_of(name: str) -> str:

@@ -3,7 +3,8 @@
 OUT/model=<name>/part-<index>-<id>.parquet   one for each part of the partition that it was made from
 OUT/_derived/<name>/                         its own _plan.parquet, _run.json, _manifest.parquet, _SUCCESS, ...
 
-Where a retry added rows to the first, the same generation of the second mirrors it, in files and records so named.
+Where a retry or an extension added rows to the first, the same generation of the second mirrors it, in files and
+records so named.
 """
 
 from __future__ import annotations
@@ -56,9 +57,9 @@ def are_derived(files: Collection[str]) -> set[str]:
     return {name for name in files if is_visible(name) and name.startswith("model=") and model_of(name) in names}
 
 
-def mirror_problems(history: History, keys: Mapping[str, Mapping[str, list[str]]]) -> Iterator[str]:
-    """Where a derived file's rows are not those of the one that it was made from. keys: by file name and shard."""
-    for plan in (history.plan, *history.later):
+def mirror_problems(history: History, keys: Mapping[str, bytes]) -> Iterator[str]:
+    """Where a derived file's rows are not those of the one that it was made from. keys: of each file, a digest."""
+    for plan in (history.first, *history.later):
         for model, part, name in plan.files():
             source = plan.identities[model].get("source")
             if source is None:

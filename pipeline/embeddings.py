@@ -195,11 +195,11 @@ def open_vectors(uri: str, model: str | None = None, column: str | None = None, 
 
 
 def _numbered(history: History, model: str) -> Iterator[tuple[int, str]]:
-    for plan in (history.plan, *history.later):
+    for plan in (history.plan, *history.retries):
         generation = plan.generation if isinstance(plan, RetryPlan) else 0
-        for of, part, name in plan.files():
+        for of, index, name in plan.indexed():
             if of == model:
-                yield (generation << GENERATION_SHIFT) + part.index, name
+                yield (generation << GENERATION_SHIFT) + index, name
 
 
 def part_index(number: int) -> int:

@@ -22,6 +22,7 @@ from pipeline.errors import RunMismatch, StorageError
 from pipeline.generations import (
     REJECT_SCHEMA,
     History,
+    RetryPlan,
     Standing,
     encode_rejects,
     of_generation,
@@ -39,6 +40,8 @@ MANIFEST_SCHEMA = pa.schema(
         ("rows", pa.int64()), ("rejects", pa.int64()), ("size_bytes", pa.int64()), ("sha256", pa.binary(32)),
     ]
 )  # fmt: skip
+COUNTED = pa.schema([field for field in MANIFEST_SCHEMA if field.name != "size_bytes"])
+FILES_AT_ONCE = 4096
 METER_KEY = b"img2parquet.meter"  # in the manifest's metadata: the session that ended the job, or the last that worked
 DERIVED = {REJECTS, MANIFEST, SUCCESS}
 
@@ -56,26 +59,27 @@ def finish(output: Output, plan: Plan, known: Mapping[str, Footer], meter: Mappi
     return counting.totals(len(plan.parts))
 
 
-def finish_retry(
+def finish_later(
     output: Output, history: History, known: Mapping[str, Footer], meter: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """The same for the last generation, a retry: what it wrote into its manifest, what stands now into its rejects; the
-    totals of all generations."""
-    retry, files = history.later[-1], output.files()
-    generation = retry.generation
+    """The same for the last generation: what it wrote into its manifest, what stands now into its rejects; the totals
+    of all generations."""
+    plan, files = history.later[-1], output.files()
+    generation = plan.generation
     check_complete(output, history, files, generation)
     counting = Counting()
     again = pa.Table.from_pylist(
-        list(counting.rejects(output.footers(retry.names_by_part(), files, known))), schema=REJECT_SCHEMA
+        list(counting.rejects(output.footers(plan.names_by_part(), files, known))), schema=REJECT_SCHEMA
     )
     before = read_standing(output, generation - 1)
     if before is None:
         raise StorageError(f"{output.uri}: {of_generation(REJECTS, generation - 1)} is gone", hint="put it back")
-    standing = supersede(before, to_table(retry.rejects), again)
+    retried = plan.rejects if isinstance(plan, RetryPlan) else {}
+    standing = supersede(before, to_table(retried), again)
     output.put_once(of_generation(REJECTS, generation), encode_rejects(standing))
     manifest = encode_manifest(counting, files, meter or output.last_meter(files))
     output.put_once(of_generation(MANIFEST, generation), manifest)
-    return totals(read_manifests(output, history), standing)
+    return totals(history, read_manifests(output, history), standing)
 
 
 def stored_totals(output: Output, history: History, files: Mapping[str, Entry]) -> dict[str, Any] | None:
@@ -91,11 +95,10 @@ def stored_totals(output: Output, history: History, files: Mapping[str, Entry]) 
 
 @dataclass
 class Counting:
-    """Footers go by, part after part with all models of each; what is kept of them is counts."""
+    """Footers go by, part after part with all models of each; what is kept of them is counts, as Arrow columns."""
 
-    files: list[str] = field(default_factory=list)
-    counts: list[tuple[int, int, int]] = field(default_factory=list)  # part, rows in, rows; of each file
-    digests: list[bytes] = field(default_factory=list)  # of each file
+    pending: list[tuple[Any, ...]] = field(default_factory=list)  # rows of COUNTED
+    batches: list[pa.RecordBatch] = field(default_factory=list)
     written: Counter[str] = field(default_factory=Counter)
     reasons: Counter[str] = field(default_factory=Counter)
     rows_in: int = 0
@@ -119,10 +122,25 @@ class Counting:
             self.reasons.update(seen.values())
 
     def _count(self, name: str, model: str, footer: Footer) -> None:
-        self.files.append(name)
-        self.counts.append((footer.part_index, footer.rows_in, footer.rows))
-        self.digests.append(footer.digest)
+        rejects = footer.rows_in - footer.rows
+        self.pending.append(
+            (name, model, footer.part_index, footer.rows_in, footer.rows, rejects, footer.digest or None)
+        )
+        if len(self.pending) >= FILES_AT_ONCE:
+            self._pack()
         self.written[model] += footer.rows
+
+    def _pack(self) -> None:
+        columns = list(zip(*self.pending, strict=True)) or [()] * len(COUNTED)
+        self.batches.append(
+            pa.record_batch([pa.array(c, f.type) for c, f in zip(columns, COUNTED, strict=True)], COUNTED)
+        )
+        self.pending.clear()
+
+    def table(self) -> pa.Table:
+        """A row of COUNTED for each file that has gone by."""
+        self._pack()
+        return pa.Table.from_batches(self.batches)
 
     def totals(self, parts: int) -> dict[str, Any]:
         return {
@@ -133,9 +151,12 @@ class Counting:
         }
 
 
-def totals(manifests: Sequence[pa.Table], standing: pa.Table) -> dict[str, Any]:
+def totals(history: History, manifests: Sequence[pa.Table], standing: pa.Table) -> dict[str, Any]:
     """Of the union, from what was derived of each generation: its manifest, oldest first, and the last's rejects."""
-    first = manifests[0].select(["part", "rows_in"]).group_by("part").aggregate([("rows_in", "max")])
+    plans = (history.first, *history.later)
+    of_new = [table for table, plan in zip(manifests, plans, strict=True) if not isinstance(plan, RetryPlan)]
+    counted = pa.concat_tables([table.select(["part", "rows_in"]) for table in of_new])
+    first = counted.group_by("part").aggregate([("rows_in", "max")])
     written: Counter[str] = Counter()
     for manifest in manifests:
         for row in manifest.group_by("model").aggregate([("rows", "sum")]).to_pylist():
@@ -163,28 +184,21 @@ def read_manifests(output: Output, history: History) -> list[pa.Table]:
 
 def encode_manifest(counting: Counting, files: Mapping[str, Entry], meter: Mapping[str, Any]) -> bytes:
     """One row for each file, sorted by name."""
-    order = sorted(range(len(counting.files)), key=counting.files.__getitem__)
-    names = [counting.files[i] for i in order]
-    parts, rows_in, rows = ([counting.counts[i][place] for i in order] for place in range(3))
-    columns = [
-        names, [model_of(name) for name in names], parts, rows_in, rows,
-        [came - left for came, left in zip(rows_in, rows, strict=True)], [files[name].size_bytes for name in names],
-        [counting.digests[i] or None for i in order],
-    ]  # fmt: skip
+    table = counting.table().sort_by("file").combine_chunks()
+    sizes = pa.array((files[name.as_py()].size_bytes for name in table.column("file")), pa.int64())
     schema = MANIFEST_SCHEMA.with_metadata({METER_KEY: json.dumps(meter, sort_keys=True)})
-    arrays = [pa.array(column, field.type) for column, field in zip(columns, schema, strict=True)]
+    columns = [sizes if name == "size_bytes" else table.column(name) for name in schema.names]
     sink = pa.BufferOutputStream()
-    pq.write_table(pa.Table.from_arrays(arrays, schema=schema), sink, compression="zstd")
+    pq.write_table(pa.Table.from_arrays(columns, schema=schema), sink, compression="zstd")
     return bytes(sink.getvalue())
 
 
 def check_complete(output: Output, history: History, files: Mapping[str, Entry], generation: int) -> None:
     """Every file that was planned up to this generation is there, and none that no generation has planned. Raises
     RunMismatch, StorageError."""
-    known = set(history.names_by_part())
-    names = set(history.upto(generation).names_by_part())
-    foreign = {name for name in files if is_part_file(name)} - known - are_derived(files)
-    gone = names - files.keys()
+    gone = [name for name in history.upto(generation).names_by_part() if name not in files]
+    theirs = are_derived(files)
+    foreign = [name for name in files if is_part_file(name) and name not in history and name not in theirs]
     if foreign:
         raise RunMismatch(
             f"{output.uri} holds files of another run: {', '.join(sorted(foreign)[:3])} ({len(foreign)} in all)",

@@ -1,7 +1,8 @@
 """The generations of an output: generation 0 is the job's, each later one adds to it; their names, plans and union.
 
 * Records of generation g are `_plan-g`, `_run-g`, `_manifest-g`, `_rejects-g` and `_SUCCESS-g`, each created once.
-* The plan of a retry is the list of the rejects that it tries again. It names its parent, by a digest of the manifest.
+* The plan of a retry is the list of the rejects that it tries again; that of an extension has parts, as a job's has,
+  whose indices continue. Each names its parent, by a digest of the manifest.
 * A part's files supersede each other row by row, never as a whole: a reject stands until a retry's footer lists it.
 """
 
@@ -21,7 +22,8 @@ import pyarrow.parquet as pq
 
 from pipeline.commit import PLAN, RECORDS, REJECTS, SUCCESS, Footer, Output
 from pipeline.errors import RunMismatch
-from pipeline.plan import Plan
+from pipeline.listing import parse_name
+from pipeline.plan import Plan, decode_plan, encode_plan, joined
 from pipeline.schema import Part, Reject, Wanted
 
 REJECT_SCHEMA = pa.schema(
@@ -42,11 +44,22 @@ def of_generation(name: str, generation: int) -> str:
 
 
 @dataclass(frozen=True)
-class RetryPlan(Plan):
-    """The rejects that one retry tries again. `parts` are those they lie in, with these rows alone."""
+class LaterPlan(Plan):
+    """What one generation adds."""
 
     generation: int
     parent_sha256: str  # of the parent's manifest
+
+
+@dataclass(frozen=True)
+class Extension(LaterPlan):
+    """Parts of files that came later."""
+
+
+@dataclass(frozen=True)
+class RetryPlan(LaterPlan):
+    """The rejects that one retry tries again. `parts` are those they lie in, with these rows alone."""
+
     reasons: tuple[str, ...]  # that were asked for; none: all that can be tried again
     rejects: Mapping[int, Mapping[str, tuple[Reject, ...]]]  # by part and model, in the order of the rows
 
@@ -57,8 +70,11 @@ class RetryPlan(Plan):
         for part in self.parts:
             yield from ((model, part, self.file_name(model, part)) for model in sorted(self.rejects[part.index]))
 
+    def indexed(self) -> Iterator[tuple[str, int, str]]:
+        return ((model, part.index, name) for model, part, name in self.files())
+
     @cached_property
-    def names(self) -> dict[str, tuple[str, ...]]:
+    def names(self) -> Mapping[str, Sequence[str]]:
         """Of each model, those of the parts that it has rejects in."""
         named = list(self.files())
         return {model: tuple(name for of, _, name in named if of == model) for model in self.identities}
@@ -76,8 +92,22 @@ class RetryPlan(Plan):
 class History:
     """An output's plan, and those of its later generations, oldest first."""
 
-    plan: Plan
-    later: tuple[RetryPlan, ...] = ()
+    first: Plan
+    later: tuple[LaterPlan, ...] = ()
+
+    @cached_property
+    def plan(self) -> Plan:
+        """Every part: the job's, and those that extensions added."""
+        added = [plan for plan in self.later if isinstance(plan, Extension)]
+        return (
+            Plan(joined([self.first.parts, *(plan.parts for plan in added)]), self.first.identities)
+            if added
+            else (self.first)
+        )
+
+    @property
+    def retries(self) -> tuple[RetryPlan, ...]:
+        return tuple(plan for plan in self.later if isinstance(plan, RetryPlan))
 
     @property
     def generation(self) -> int:
@@ -85,28 +115,40 @@ class History:
         return len(self.later)
 
     def upto(self, generation: int) -> History:
-        return History(self.plan, self.later[:generation])
+        return History(self.first, self.later[:generation])
 
-    def files(self) -> Iterator[tuple[str, Part, str]]:
-        """(model, part, name) of every file: part after part, model after model, the oldest first."""
-        if not self.later:
-            yield from self.plan.files()
-            return
-        added: dict[tuple[int, str], list[tuple[str, Part, str]]] = {}
-        for plan in self.later:
-            for file in plan.files():
-                added.setdefault((file[1].index, file[0]), []).append(file)
-        for model, part, name in self.plan.files():
-            yield model, part, name
-            yield from added.get((part.index, model), ())
+    def indexed(self) -> Iterator[tuple[str, int, str]]:
+        """(model, index of the part, name) of every file: part after part, model after model, the oldest first."""
+        added: dict[tuple[int, str], list[tuple[str, int, str]]] = {}
+        for retry in self.retries:
+            for model, index, name in retry.indexed():
+                added.setdefault((index, model), []).append((model, index, name))
+        for model, index, name in self.plan.indexed():
+            yield model, index, name
+            yield from added.get((index, model), ())
 
     def names_by_part(self) -> Iterator[str]:
-        return (name for _, _, name in self.files())
+        return (name for _, _, name in self.indexed())
+
+    def __contains__(self, name: object) -> bool:
+        """Whether a file of this name is planned."""
+        parsed = parse_name(name) if isinstance(name, str) else None
+        if parsed is None or parsed[0] not in self.plan.identities:
+            return False
+        model, index, _ = parsed
+        place = self.plan.by_index.find(index)
+        return (place is not None and self.plan.names[model][place] == name) or name in self._retried
+
+    @cached_property
+    def _retried(self) -> set[str]:
+        return {name for retry in self.retries for name in retry.names_by_part()}
 
     @property
-    def names(self) -> dict[str, tuple[str, ...]]:
+    def names(self) -> Mapping[str, Sequence[str]]:
         """The file names of each model, oldest generation first."""
-        plans = (self.plan, *self.later)
+        if not self.retries:
+            return self.plan.names
+        plans = (self.plan, *self.retries)
         return {model: tuple(name for plan in plans for name in plan.names[model]) for model in self.plan.identities}
 
     def ended(self, there: Iterable[str]) -> int | None:
@@ -132,26 +174,51 @@ def read_history(output: Output, plan: Plan, there: Iterable[str]) -> History:
                 f"{output.uri}: {of_generation(PLAN, number)} is gone, and later ones are there",
                 hint="put it back, or use another output.uri",
             )
-        history = History(plan, (*history.later, decode_retry(data, history)))
+        history = History(plan, (*history.later, decode_later(data, history)))
     return history
+
+
+def encode_extension(plan: Plan, generation: int, parent: bytes) -> bytes:
+    """The plan of an extension: new parts alone. parent: the manifest's bytes."""
+    return encode_plan(plan, {ABOUT_KEY: _about("extension", generation, parent)})
+
+
+def _about(kind: str, generation: int, parent: bytes, **more: object) -> str:
+    digest = hashlib.sha256(parent).hexdigest()
+    about = {"kind": kind, "generation": generation, "parent": generation - 1, "parent_manifest_sha256": digest}
+    return json.dumps({**about, **more}, sort_keys=True)
+
+
+def decode_later(data: bytes, before: History) -> LaterPlan:
+    """The plan of the generation after `before`. Raises RunMismatch for one of an unknown kind, or of another place."""
+    about = json.loads((pq.read_metadata(pa.BufferReader(data)).metadata or {}).get(ABOUT_KEY, b"{}"))
+    decode = {"retry": _decode_retry, "extension": _decode_extension}.get(about.get("kind"))
+    if decode is None or about.get("generation") != before.generation + 1:
+        name = of_generation(PLAN, before.generation + 1)
+        raise RunMismatch(
+            f"{name} is no plan of a retry or of an extension",
+            hint="was it written by a newer version? update img2parquet",
+        )
+    return decode(data, before, about)
+
+
+def _decode_extension(data: bytes, before: History, about: Mapping[str, Any]) -> Extension:
+    plan = decode_plan(data)
+    if plan.identities != before.first.identities or plan.parts[0].index != len(before.plan.parts):
+        raise RunMismatch(f"{of_generation(PLAN, about['generation'])} does not continue the plans before it")
+    return Extension(plan.parts, before.first.identities, about["generation"], about["parent_manifest_sha256"])
 
 
 def encode_retry(rejects: pa.Table, generation: int, parent: bytes, reasons: Sequence[str]) -> bytes:
     """The plan of a retry. rejects: of REJECT_SCHEMA, sorted by part, model and row. parent: the manifest's bytes."""
-    digest = hashlib.sha256(parent).hexdigest()
-    about = {"kind": "retry", "generation": generation, "parent": generation - 1, "parent_manifest_sha256": digest}
-    said = json.dumps({**about, "reasons": sorted(reasons)}, sort_keys=True)
+    said = _about("retry", generation, parent, reasons=sorted(reasons))
     return _parquet(rejects.replace_schema_metadata({ABOUT_KEY: said}))
 
 
-def decode_retry(data: bytes, before: History) -> RetryPlan:
+def _decode_retry(data: bytes, before: History, about: Mapping[str, Any]) -> RetryPlan:
     table = pq.read_table(pa.BufferReader(data))
-    about = json.loads((table.schema.metadata or {}).get(ABOUT_KEY, b"{}"))
-    if about.get("kind") != "retry" or about.get("generation") != before.generation + 1:
-        name = of_generation(PLAN, before.generation + 1)
-        raise RunMismatch(f"{name} is no plan of a retry", hint="was it written by a newer version? update img2parquet")
     rejects = by_part_and_model(table)
-    parts = {part.index: part for part in before.plan.parts}
+    parts = before.plan.parts  # the index of a part is its place
     return RetryPlan(
         parts=tuple(replace(parts[index], only=_wanted(rejects[index])) for index in sorted(rejects)),
         identities=before.plan.identities,

@@ -95,7 +95,9 @@ def _label_all(vectors: Vectors, records: Output, partition: str, data: bytes) -
     """Every part of the model that is committed and has no labels yet; then the end, where all have."""
     classifier, said = _decode(data)
     identity = _identity(vectors, said, hashlib.sha256(data).hexdigest())
-    plan, digest = records.begin({partition: identity}, lambda: Plan(vectors.plan.parts, {partition: identity}))
+    plan, digest = records.begin(
+        {partition: identity}, lambda: Plan(vectors.history.first.parts, {partition: identity})
+    )
     report = said["report"]
     if records.run_record() is None:
         records.record_run(
@@ -112,7 +114,7 @@ def _label_all(vectors: Vectors, records: Output, partition: str, data: bytes) -
     return Probed(
         output_uri=vectors.output.uri,
         model=partition,
-        parts=len(plan.parts),
+        parts=len(vectors.plan.parts),
         parts_now=made.now,
         parts_left=vectors.parts_left,
         rows=made.rows,

@@ -60,6 +60,7 @@ def add_job(parser: argparse.ArgumentParser) -> None:
 
 def _plan(arguments: argparse.Namespace) -> int:
     from pipeline.commit import Output
+    from pipeline.generations import read_history
     from pipeline.job import load_job
     from pipeline.plan import check_same_run, identities, make_plan
     from pipeline.probe import probe
@@ -76,6 +77,7 @@ def _plan(arguments: argparse.Namespace) -> int:
     else:
         check_same_run(plan, identities(job, probed.cards, probed.dtype), output.uri)
     files = output.files()
+    plan = read_history(output, plan, files).plan
     done = {name: sum(file in files for file in names) for name, names in plan.names.items()}
     if not arguments.json:
         print_plan(plan, probed, done, is_stored)

@@ -3,7 +3,8 @@
 Shapes: B rows of a row group, D values of a vector, K classes, k best of them.
 
 * File by file: the same rows in the same order, the same rejects, and of a retry's file the rejects that it superseded.
-* Generation by generation: what a retry added is labelled when all before it is, into records of the same generation.
+* Generation by generation: what a retry or an extension added is labelled when all before it is, into records of the
+  same generation.
 * Whoever comes later goes on: a file that is there is done, and records are created once.
 """
 
@@ -27,8 +28,10 @@ from pipeline.finish import Counting, encode_manifest, read_manifests, totals
 from pipeline.generations import (
     REJECT_SCHEMA,
     History,
+    LaterPlan,
     RetryPlan,
-    decode_retry,
+    decode_later,
+    encode_extension,
     encode_rejects,
     encode_retry,
     of_generation,
@@ -114,19 +117,19 @@ def mirror(labeller: Labeller, records: Output, plan: Plan) -> Mirrored:
     _refuse_foreign(output, history, labeller.partition)
     now = _label(labeller, plan)
     is_whole = _finish(output, records, history.upto(0))
-    for retry in source.later:
+    for later in source.later:
         if not is_whole:
             break
-        history = _begin(records, history, retry, labeller)
-        now += _label(labeller, history.later[retry.generation - 1])
-        is_whole = _finish(output, records, history.upto(retry.generation))
+        history = _begin(records, history, later, labeller)
+        now += _label(labeller, history.later[later.generation - 1])
+        is_whole = _finish(output, records, history.upto(later.generation))
     files = output.files()
     names = [name for name in history.names_by_part() if name in files]
     counting = Counting()
     for _ in counting.rejects(output.footers(names, files)):
         pass
-    of_retries = sum(len(retry.names[labeller.vectors.model]) for retry in source.later)
-    labelled = len(names) - sum(name in files for name in plan.names_by_part())
+    of_retries = sum(len(retry.names[labeller.vectors.model]) for retry in source.retries)
+    labelled = sum(name in files for retry in history.retries for name in retry.names_by_part())
     return Mirrored(now, sum(counting.written.values()), labelled, of_retries - labelled)
 
 
@@ -142,32 +145,39 @@ def _label(labeller: Labeller, plan: Plan) -> int:
     return made
 
 
-def _begin(records: Output, history: History, retry: RetryPlan, labeller: Labeller) -> History:
-    """With the generation that mirrors this retry: its plan and its record, ours if we are first."""
-    generation, model = retry.generation, labeller.vectors.model
+def _begin(records: Output, history: History, later: LaterPlan, labeller: Labeller) -> History:
+    """With the generation that mirrors this one: its plan and its record, ours if we are first."""
+    generation = later.generation
     if history.generation < generation:
-        own = {
-            part: {labeller.partition: by_model[model]} for part, by_model in retry.rejects.items() if model in by_model
-        }
         parent = records.read(of_generation(MANIFEST, generation - 1))
         assert parent is not None, "all before is whole"
-        data = encode_retry(to_table(own), generation, parent, retry.reasons)
-        name = of_generation(PLAN, generation)
+        name, data = of_generation(PLAN, generation), _encode(later, parent, history, labeller)
         if records.put_once(name, data) == "done":
             data = records.read(name) or data
-        history = History(history.plan, (*history.later, decode_retry(data, history)))
+        history = History(history.first, (*history.later, decode_later(data, history)))
     plan = history.later[generation - 1]
-    said = {"kind": "retry", "generation": generation, "parent": generation - 1, "parts": len(plan.parts)}
-    said |= {"parent_manifest_sha256": plan.parent_sha256, "reasons": list(plan.reasons), "images": plan.images}
+    said: dict[str, Any] = {"generation": generation, "parent": generation - 1, "parts": len(plan.parts)}
+    said |= {"kind": "extension", "parent_manifest_sha256": plan.parent_sha256}
+    if isinstance(plan, RetryPlan):
+        said |= {"kind": "retry", "reasons": list(plan.reasons), "images": plan.images}
     data = records.read(of_generation(PLAN, generation)) or b""
     records.record(of_generation(RUN, generation), {**said, "plan_sha256": plan_hash(data)})
     return history
 
 
+def _encode(later: LaterPlan, parent: bytes, history: History, labeller: Labeller) -> bytes:
+    """The partition's own plan of a generation, from the model's."""
+    if not isinstance(later, RetryPlan):
+        return encode_extension(Plan(later.parts, history.first.identities), later.generation, parent)
+    of, own = labeller.partition, labeller.vectors.model
+    rejects = {part: {of: by_model[own]} for part, by_model in later.rejects.items() if own in by_model}
+    return encode_retry(to_table(rejects), later.generation, parent, later.reasons)
+
+
 def _finish(output: Output, records: Output, history: History) -> bool:
     """Whether the last generation of `history` has all its files; its rejects, manifest and _SUCCESS where it has."""
     files, generation = output.files(), history.generation
-    plan = history.later[-1] if history.later else history.plan
+    plan = history.later[-1] if history.later else history.first
     names = list(plan.names_by_part())
     if not files.keys() >= set(names):
         return False
@@ -175,12 +185,13 @@ def _finish(output: Output, records: Output, history: History) -> bool:
     rejects: Any = counting.rejects(output.footers(names, files))
     if generation:
         again = pa.Table.from_pylist(list(rejects), schema=REJECT_SCHEMA)
-        rejects = supersede(_standing(records, generation - 1), to_table(history.later[-1].rejects), again)
+        retried = plan.rejects if isinstance(plan, RetryPlan) else {}
+        rejects = supersede(_standing(records, generation - 1), to_table(retried), again)
     records.put_once(of_generation(REJECTS, generation), encode_rejects(rejects))
     records.put_once(of_generation(MANIFEST, generation), encode_manifest(counting, files, {}))
     found = counting.totals(len(plan.parts))
     if generation:
-        found = totals(read_manifests(records, history), _standing(records, generation))
+        found = totals(history, read_manifests(records, history), _standing(records, generation))
     records.succeed(found, of_generation(SUCCESS, generation), history.records())
     return True
 

@@ -28,6 +28,7 @@ from pipeline.plan import Plan
 from pipeline.schema import Part
 from pipeline.storage import Entry
 
+COUNTS = ("part", "rows_in", "file")
 FEW_FILES = 1000  # footers that `status` reads unasked: seconds on any store
 
 
@@ -69,7 +70,7 @@ def read_rejects(uri: str, *, superseded: bool = False, **storage_options: Any) 
     files = output.files()
     history = read_history(output, plan, files)
     if superseded:
-        footers = [found for retry in history.later for found in _footers(output, retry.files(), files)]
+        footers = [found for retry in history.retries for found in _footers(output, retry.files(), files)]
         rows = ({"model": model, "part": f.part_index, **reject} for model, f in footers for reject in f.superseded)
         return pa.Table.from_pylist(list(rows), schema=REJECT_SCHEMA)
     standing = read_standing(output, history.generation)
@@ -101,9 +102,10 @@ class Status:
     rows_written: dict[str, int] | None
     rejected: int | None
     size_bytes: int
-    is_complete: bool  # and so is the last retry that was begun, if any
-    generation: int  # the last that was begun: so many retries
-    retry_files_left: int  # of the last retry
+    is_complete: bool  # and so is the last later generation that was begun, if any
+    generation: int  # the last that was begun: so many retries and extensions
+    retries_begun: int
+    retry_files_left: int  # of the last retry, where no extension has come after it
     meter: dict[str, Any]  # of the last session that worked, as it was a while ago; {} where none has said
 
     @property
@@ -125,6 +127,7 @@ def status(uri: str, *, read_footers: bool | None = None, **storage_options: Any
     plan = _plan(output)
     files = output.files()
     history = read_history(output, plan, files)
+    plan = history.plan
     done = {model: [name in files for name in names] for model, names in plan.names.items()}
     names = [name for name in history.names_by_part() if name in files]
     wants_footers = len(names) <= FEW_FILES if read_footers is None else read_footers
@@ -141,7 +144,10 @@ def status(uri: str, *, read_footers: bool | None = None, **storage_options: Any
         size_bytes=sum(files[name].size_bytes for name in names),
         is_complete=is_complete,
         generation=history.generation,
-        retry_files_left=sum(name not in files for retry in history.later[-1:] for name in retry.names_by_part()),
+        retry_files_left=sum(
+            name not in files for last in history.later[-1:] if last in history.retries for name in last.names_by_part()
+        ),
+        retries_begun=len(history.retries),
         meter=output.last_meter(files),
     )
 
@@ -153,13 +159,14 @@ def _success(output: Output, history: History) -> dict[str, Any]:
 def _counted(output: Output, history: History, files: Mapping[str, Entry]) -> dict[str, Any]:
     """Totals from the footers that are there; rows in are those of parts that are done for every model."""
     names = [name for name in history.names_by_part() if name in files]
-    first = set(history.plan.names_by_part())
     counting, plan = Counting(), history.plan
     for _ in counting.rejects(output.footers(names, files)):
         pass
-    begun = [counts for name, counts in zip(counting.files, counting.counts, strict=True) if name in first]
-    models = Counter(part for part, _, _ in begun)
-    whole = {part: rows_in for part, rows_in, _ in begun if models[part] == len(plan.identities)}
+    table = counting.table()
+    begun = [(part, rows_in) for part, rows_in, name in zip(*(table.column(c).to_pylist() for c in COUNTS), strict=True)
+             if "-retry" not in name.rpartition("/")[2]]  # fmt: skip
+    models = Counter(part for part, _ in begun)
+    whole = {part: rows_in for part, rows_in in begun if models[part] == len(plan.identities)}
     written = {model: counting.written[model] for model in plan.identities}
     return {**counting.totals(len(plan.parts)), "rows_written": written, "rows_in": sum(whole.values())}
 

@@ -10,6 +10,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -20,15 +21,15 @@ import pyarrow.parquet as pq
 
 from pipeline.batch import Embedded, Work
 from pipeline.commit import MANIFEST, PLAN, REJECTS, RUN, SUCCESS, Output, is_sealed
-from pipeline.driver import Summary, choose_runner, judge, make_work, summarise
+from pipeline.driver import Summary, choose_runner, finish_later_run, make_work
 from pipeline.errors import InputError, JobError, RunMismatch, nearest
-from pipeline.evaluate import scores_by_truth
-from pipeline.finish import finish_retry, read_manifests, totals
+from pipeline.finish import read_manifests, totals
 from pipeline.generations import (
     History,
+    LaterPlan,
     RetryPlan,
     by_part_and_model,
-    decode_retry,
+    decode_later,
     encode_retry,
     of_generation,
     read_history,
@@ -36,7 +37,6 @@ from pipeline.generations import (
     to_table,
 )
 from pipeline.job import JobSpec, override, parse_job
-from pipeline.losses import mean_losses
 from pipeline.plan import check_same_run, decode_plan, identities, plan_hash
 from pipeline.probe import Probe
 from pipeline.read.fetch import fetch_in_order
@@ -52,13 +52,13 @@ FINAL = {  # trying again could not help: these follow from the shards alone, wh
     "shard_damaged": "the shard's own bytes are damaged",
 }
 KEY_READERS = 16
+LATER_RUN = re.compile(r"_run-[1-9]\d*\.json")
 
 
 @dataclass(frozen=True)
 class RetrySummary(Summary):
     """A finished retry. Rows in, written and rejected are those of all generations; parts and speed are the retry's."""
 
-    generation: int = 0  # the last there is; where nothing was to do, an earlier retry, or 0
     tried: int = 0  # images
     recovered: Mapping[str, int] | None = None  # rows that this retry wrote, by model
 
@@ -159,10 +159,22 @@ def _as_recorded(uri: str, overrides: Sequence[str]) -> tuple[Output, JobSpec, d
     if not is_sealed(data):
         raise RunMismatch(f"{output.uri}/{RUN}: its bytes are not those that were written")
     recorded: dict[str, Any] = json.loads(data)
-    document = {**recorded["job"], "dtype": recorded["dtype"]}
+    given = {**recorded["job"]["input"], "uris": _all_uris(output, recorded)}
+    document = {**recorded["job"], "input": given, "dtype": recorded["dtype"]}
     job = parse_job(document, [*overrides, f"output.uri={json.dumps(output.uri)}"], where=f"{output.uri}/{RUN}")
     resources = job.resources.model_copy(update={"batch_size": recorded["batch_size"]})
     return output, job.model_copy(update={"resources": resources}), recorded
+
+
+def _all_uris(output: Output, recorded: Mapping[str, Any]) -> list[str]:
+    """Those of the job, then those that extensions were given besides."""
+    uris = dict.fromkeys(recorded["job"]["input"]["uris"])
+    for name in output.files():
+        if LATER_RUN.fullmatch(name):
+            uris.update(
+                dict.fromkeys(json.loads(output.read(name) or b"{}").get("job", recorded["job"])["input"]["uris"])
+            )
+    return list(uris)
 
 
 def _history(output: Output, recorded: Mapping[str, Any]) -> History:
@@ -177,7 +189,10 @@ def _to_do(output: Output, history: History, asked: tuple[str, ...]) -> tuple[Hi
     where there is nothing to do."""
     files = output.files()
     if history.later and of_generation(SUCCESS, history.generation) not in files:
-        _check_reasons(output, history.later[-1], asked)
+        last = history.later[-1]
+        if not isinstance(last, RetryPlan):
+            raise _extending(output, last)
+        _check_reasons(output, last, asked)
         return history.upto(history.generation - 1), output.read(of_generation(PLAN, history.generation))
     missing = set(history.names_by_part()) - files.keys()
     records = [of_generation(name, history.generation) for name in (REJECTS, MANIFEST)]
@@ -197,7 +212,7 @@ def _without_written(output: Output, history: History, files: Mapping[str, Entry
     """Without those whose key their part has rows of already: a list may name one key twice, and the first row of it
     have led nowhere."""
     left = {part: dict(of_models) for part, of_models in by_part_and_model(rejects).items()}
-    wanted = ((model, part.index, name) for model, part, name in history.files() if model in left.get(part.index, ()))
+    wanted = (file for file in history.indexed() if file[0] in left.get(file[1], ()))
 
     def keys(of: tuple[str, int, str]) -> set[str]:
         with output.store.open(files[of[2]].uri, expect=files[of[2]]) as file:
@@ -213,9 +228,18 @@ def _begin(output: Output, before: History, data: bytes, asked: tuple[str, ...])
     name = of_generation(PLAN, before.generation + 1)
     if output.put_once(name, data) == "done":
         data = output.read(name) or data
-    plan = decode_retry(data, before)
+    plan = decode_later(data, before)
+    if not isinstance(plan, RetryPlan):
+        raise _extending(output, plan)
     _check_reasons(output, plan, asked)
     return plan, plan_hash(data)
+
+
+def _extending(output: Output, plan: LaterPlan) -> RunMismatch:
+    return RunMismatch(
+        f"{output.uri}: extension {plan.generation} was begun and has to come to its end before a retry begins",
+        hint="run the job again with `--extend`",
+    )
 
 
 def _check_reasons(output: Output, plan: RetryPlan, asked: tuple[str, ...]) -> None:
@@ -255,21 +279,10 @@ def _work(job: JobSpec, probe: Probe, plan: RetryPlan, record: Mapping[str, Any]
 
 def _finish(job: JobSpec, session: RetrySession, before: History, plan: RetryPlan) -> RetrySummary:
     """Gather, judge the rejects of all generations, and mark this one as complete. Raises RejectLimitExceeded."""
-    output, history = session.output, History(before.plan, (*before.later, plan))
-    images_per_s = session.tally.images_per_s
-    gathered = finish_retry(output, history, session.footers, session.report)
-    losses = mean_losses(job, output, history.names)
-    scores = scores_by_truth(job, output, history)
-    summary = replace(summarise(session, gathered, losses, images_per_s), scores=scores)
-    judge(job, output, gathered)
-    output.succeed(
-        {**gathered, **({"losses": losses} if losses else {}), **({"scores": scores} if scores else {})},
-        of_generation(SUCCESS, plan.generation),
-        history.records(),
-    )
-    written = _union(output, before)["rows_written"]
-    recovered = {model: rows - written[model] for model, rows in gathered["rows_written"].items()}
-    return RetrySummary(**summary.__dict__, generation=plan.generation, tried=plan.images, recovered=recovered)
+    summary = finish_later_run(job, session, before)
+    written = _union(session.output, before)["rows_written"]
+    recovered = {model: rows - written[model] for model, rows in summary.rows_written.items()}
+    return RetrySummary(**summary.__dict__, tried=plan.images, recovered=recovered)
 
 
 def _nothing(output: Output, history: History) -> RetrySummary:
@@ -291,4 +304,4 @@ def _nothing(output: Output, history: History) -> RetrySummary:
 def _union(output: Output, history: History) -> dict[str, Any]:
     standing = read_standing(output, history.generation)
     assert standing is not None, "read before"
-    return totals(read_manifests(output, history), standing)
+    return totals(history, read_manifests(output, history), standing)

@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import pyarrow as pa
 
 from pipeline.read import PartLimits, Source
 from pipeline.schema import Part, Piece, Reject, Row
+from pipeline.storage import Entry
 
 WARM_IMAGES = 8  # of a part, before a sample begins
 LEAST_IMAGES = 2  # the distance between two says how many bytes of a shard one takes
@@ -40,8 +41,8 @@ class Sample:
     def kind(self) -> str:
         return self.source.kind
 
-    def plan(self, limits: PartLimits) -> Iterator[tuple[Piece, ...]]:
-        return self.source.plan(limits)
+    def plan(self, limits: PartLimits, known: Container[Entry] = ()) -> Iterator[tuple[Piece, ...]]:
+        return self.source.plan(limits, known)
 
     def passthrough(self) -> pa.Schema:
         return self.source.passthrough()

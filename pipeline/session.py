@@ -27,13 +27,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.batch import Embedded, Failed, Work
-from pipeline.commit import METER, Footer, Output, parse_footer
+from pipeline.commit import METER, Footers, Output, parse_footer
 from pipeline.errors import JobFailed, Stopped, StorageError
 from pipeline.meter import Meter, Spent, bottleneck, retried
 from pipeline.plan import Plan
 from pipeline.pump import TICK_S
 from pipeline.rounds import Rounds
 from pipeline.signals import Signals
+from pipeline.slices import WHOLE, Slice
 from pipeline.storage import Entry
 from pipeline.watch import LEFT_BEHIND, Outstanding, Watch
 from pipeline.write import EncodedPart, Gathering, encode_part
@@ -66,19 +67,27 @@ class Tally:
 
 
 class Session:
-    """`files`: what lies in the output. Afterwards `footers` has those that this session made, by file name."""
+    """`files`: what lies in the output; `own`: the slice of the plan that is ours. Afterwards `footers` has those that
+    this session made, by file name."""
 
     def __init__(
-        self, output: Output, plan: Plan, work: Work, files: Mapping[str, Entry], on_change: Callable[[Tally], None]
+        self,
+        output: Output,
+        plan: Plan,
+        work: Work,
+        files: Mapping[str, Entry],
+        on_change: Callable[[Tally], None],
+        own: Slice = WHOLE,
     ) -> None:
-        self.output, self.plan, self.work, self.on_change = output, plan, work, on_change
-        self.left = plan.left(files)
-        self.tally = Tally(output.uri, len(plan.parts), len(plan.parts) - len(self.left), rows_planned=plan.rows)
+        self.output, self.plan, self.work, self.on_change, self.own = output, plan, work, on_change, own
+        self.left = {index: models for index, models in plan.left(files).items() if index in own}
+        parts, rows = own.count_of(plan)
+        self.tally = Tally(output.uri, parts, parts - len(self.left), rows_planned=rows)
         self.gathering: dict[int, Gathering] = {}
         self.heard: dict[int, float] = {}  # when the last batch of a part came that is being gathered
         self.whole: set[int] = set()  # parts given to the committing threads
         self.failed: dict[int, str] = {}
-        self.footers: dict[str, Footer] = {}
+        self.footers = Footers(plan)
         self.kept_bytes = 0
         self.lock = threading.Lock()  # of the tally's and the footers' changes by the committing threads
         self.name = f"{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}-{secrets.token_hex(3)}"
@@ -118,8 +127,7 @@ class Session:
     # ---- what the rounds ask: rounds.Ledger ----------------------------------------------------------------------
 
     def undone(self) -> list[int]:
-        undone = self.left.keys() - self.whole - self.failed.keys()
-        return [part.index for part in self.plan.parts if part.index in undone]
+        return [index for index in self.left if index not in self.whole and index not in self.failed]
 
     def begun(self) -> set[int]:
         return set(self.gathering)
@@ -155,6 +163,8 @@ class Session:
         measured, tally = self.meter.measured(), self.tally
         parts = {"parts": tally.parts, "parts_before": tally.parts_done_before, "parts_here": tally.parts_committed}
         whose = {"session": self.name, **parts, "rows_in": tally.rows_in}
+        if self.own != WHOLE:
+            whose["shard"] = str(self.own)
         if self.watch.stalls:
             whose["stalls"] = list(self.watch.stalls)
         if self.watch.stragglers:
@@ -162,7 +172,7 @@ class Session:
         return {**whose, "bottleneck": bottleneck(measured), **asdict(measured)}
 
     def _whole_parts(self, runner: ModuleType) -> Iterator[Gathering]:
-        parts = {part.index: part for part in self.plan.parts if part.index in self.left}
+        parts = self.plan.by_index
         self.tally.working_since = time.monotonic()
         rounds = Rounds(runner, self.work, self.signals, self, self.watch)
         for result in rounds.results(parts):
@@ -229,7 +239,7 @@ class Session:
             if encoded.rejects:
                 self.kept_bytes += len(footer.packed_rejects)
             if not encoded.rejects or self.kept_bytes <= KEPT_REJECT_BYTES:
-                self.footers[name] = footer
+                self.footers.add(name, footer)
 
     def _snapshot(self, report: Mapping[str, Any]) -> tuple[str, bytes]:
         """The meter under its next name. Only by the driver's thread: names are counted."""
@@ -251,7 +261,7 @@ class Session:
         shown = [f"  part {index}: {message}" for index, message in sorted(self.failed.items())[:5]]
         more = f"\n  and {len(self.failed) - 5} more" if len(self.failed) > 5 else ""
         return JobFailed(
-            f"{len(self.failed)} of {len(self.plan.parts)} parts could not be done:\n" + "\n".join(shown) + more,
+            f"{len(self.failed)} of {self.tally.parts} parts could not be done:\n" + "\n".join(shown) + more,
             hint="the other parts are committed; run the same command again to do what is left",
         )
 

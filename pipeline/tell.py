@@ -21,13 +21,21 @@ def json_line(values: object) -> str:
 def print_summary(summary: Any) -> None:
     """A finished job in a few lines."""
     done_now = summary.parts - summary.parts_done_before
+    if summary.added:
+        say(f"extended   no. {summary.generation}: {summary.added:,} new files")
+    if summary.shard:
+        say(f"shard      {summary.shard}" + ("" if summary.parts_left else ": every part of the job is there"))
     if not summary.parts:
         pass  # of a retry with nothing to do
     elif done_now:
         say(f"parts      {summary.parts} ({done_now} now, {summary.parts_done_before} before)")
     else:
         say(f"parts      {summary.parts}, all committed before: nothing to do")
-    say(f"rows in    {summary.rows_in:,}")
+    if summary.parts_left:
+        left = ", ".join(f"{shard}: {parts:,}" for shard, parts in list(summary.left.items())[:4])
+        more = f" and {len(summary.left) - 4} more shards" if len(summary.left) > 4 else ""
+        say(f"left       {summary.parts_left:,} parts ({left}{more}); whoever does the last ends the job")
+    say(f"rows in    {summary.rows_in:,}" + (" in this shard" if summary.parts_left else ""))
     for name, rows in summary.rows_written.items():
         say(f"written    {rows:,} to model={name}")
     reasons = ", ".join(f"{reason} {count}" for reason, count in summary.rejected.items())
@@ -59,9 +67,11 @@ def print_status(now: Any) -> None:
     rows = f"{now.rows_in:,}" if now.rows_in is not None else unknown
     planned = f" of {now.rows_planned:,}" if now.rows_planned is not None else ""
     say(f"state      {'complete' if now.is_complete else 'not complete'}")
-    if now.generation:
+    if now.retries_begun:
         left = f", {now.retry_files_left} files of the last one are left" if now.retry_files_left else ""
-        say(f"retried    {now.generation} times{left}")
+        say(f"retried    {now.retries_begun} times{left}")
+    if now.generation > now.retries_begun:
+        say(f"extended   {now.generation - now.retries_begun} times")
     for name, done in now.parts_done.items():
         written = f", {now.rows_written[name]:,} rows" if now.rows_written is not None else ""
         say(f"model      {name}: {done} of {now.parts} parts{written}")

@@ -7,11 +7,11 @@ it: who can write here can write all of it anew, and only a digest of `_SUCCESS`
 
 from __future__ import annotations
 
+import hashlib
 import json
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,10 +36,13 @@ from pipeline.errors import InputError, NotFound, RunMismatch, StorageError
 from pipeline.finish import Counting
 from pipeline.generations import History, RetryPlan, Standing, of_generation, read_history
 from pipeline.plan import Plan, plan_hash
+from pipeline.read.fetch import fetch_in_order
 from pipeline.schema import Part
 from pipeline.storage import Entry, join
 from pipeline.write import is_intact
 
+KeysOf = dict[str, list[str]]  # by shard
+ROWS_AT_ONCE = 4096
 UNREADABLE = (pa.ArrowException, OSError, StorageError, LookupError, TypeError, ValueError, zlib.error)
 
 
@@ -53,6 +56,7 @@ class Expected:
 
     @property
     def generation(self) -> int:
+        """As the file's footer says it: only those of a retry have one."""
         return self.plan.generation if isinstance(self.plan, RetryPlan) else 0
 
     @property
@@ -63,12 +67,12 @@ class Expected:
         return self.part.rows
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Checked:
-    """One part's file, read whole."""
+    """One part's file, read whole. keys: a digest of them, in their order, by shard."""
 
     footer: Footer
-    keys: dict[str, list[str]]  # by shard
+    keys: bytes
     size_bytes: int
 
 
@@ -84,14 +88,14 @@ def verify(output: Output) -> list[str]:
     try:
         history = read_history(output, plan, there)
     except (*UNREADABLE, RunMismatch) as error:
-        return [f"the plan of a retry cannot be read: {_first_line(error)}"]
+        return [f"the plan of a later generation cannot be read: {_first_line(error)}"]
     theirs = are_derived(there)
-    files = {name: entry for name, entry in there.items() if is_visible(name) and name not in theirs}
-    problems, good = _check_run(output, output, history, files)
+    ours = (name for name in there if is_visible(name) and name not in theirs)
+    problems, good = _check_run(output, output, history, there, ours)
     return problems + list(_check_derived(output, there, good))
 
 
-def _check_derived(output: Output, there: dict[str, Entry], good: dict[str, Checked]) -> Iterator[str]:
+def _check_derived(output: Output, there: Mapping[str, Entry], good: dict[str, Checked]) -> Iterator[str]:
     """Partitions that were made from others, each with its own plan and records. good: what they were made from."""
     for name in derived_names(there):
         records = records_of(output, name)
@@ -101,35 +105,58 @@ def _check_derived(output: Output, there: dict[str, Entry], good: dict[str, Chec
             yield f"{records.uri}: its plans cannot be read: {_first_line(error)}"
             continue
         assert history is not None, "it was listed"
-        files = {file: there[file] for file in are_derived(there) if model_of(file) == name}
-        problems, own = _check_run(output, records, history, files)
+        its = (file for file in are_derived(there) if model_of(file) == name)
+        problems, own = _check_run(output, records, history, there, its)
         yield from problems
         yield from mirror_problems(history, {file: checked.keys for file, checked in (good | own).items()})
 
 
 def _check_run(
-    output: Output, records: Output, history: History, files: dict[str, Entry]
+    output: Output, records: Output, history: History, files: Mapping[str, Entry], found: Iterable[str]
 ) -> tuple[list[str], dict[str, Checked]]:
-    """The parts and records of one run and its later generations: what is wrong, and the files that are whole."""
-    plans = (history.plan, *history.later)
-    expected = {name: Expected(model, part, plan) for plan in plans for model, part, name in plan.files()}
-    problems = [f"missing: {name}" for name in sorted(expected.keys() - files.keys())]
-    problems += [f"not of this run: {name}" for name in sorted(files.keys() - expected.keys())]
-    present = sorted(expected.keys() & files.keys())
-    with ThreadPoolExecutor(8) as pool:
-        results = pool.map(lambda name: _check_file(output, files[name], expected[name]), present)
-        checked = dict(zip(present, results, strict=True))
-    problems += [f"{name}: {result}" for name, result in checked.items() if isinstance(result, str)]
-    good = {name: result for name, result in checked.items() if isinstance(result, Checked)}
-    problems += _duplicate_keys(good, expected)
+    """The parts and records of one run and its later generations: what is wrong, and the files that are whole. found:
+    the names that should be of this run."""
+    names = set[str]()
+    problems, good, keys = [], dict[str, Checked](), Keys(history.plan)
+
+    def planned() -> Iterator[tuple[str, Expected]]:
+        for name, expected in _expected(history):
+            names.add(name)
+            if name in files:
+                yield name, expected
+            else:
+                problems.append(f"missing: {name}")
+
+    for (name, expected), result in fetch_in_order(
+        planned(), lambda one: _check_file(output, files[one[0]], one[1]), 8
+    ):
+        if isinstance(result, str):
+            problems.append(f"{name}: {result}")
+        else:
+            good[name], of_file = result
+            keys.add(expected.model, expected.part.index, of_file)
+    problems.sort(key=lambda problem: not problem.startswith("missing: "))
+    problems += [f"not of this run: {name}" for name in sorted(name for name in found if name not in names)]
+    problems += keys.problems()
     problems += _between_models(good)
     for generation in range(history.generation + 1):
         problems += _check_generation(records, history.upto(generation), good, is_last=generation == history.generation)
     return problems, good
 
 
-def _check_file(output: Output, entry: Entry, expected: Expected) -> Checked | str:
-    """A part read whole with its page checksums, or what is wrong with it."""
+def _expected(history: History) -> Iterator[tuple[str, Expected]]:
+    """Every planned file: part after part, model after model, the oldest first."""
+    retried: dict[tuple[int, str], list[tuple[str, Expected]]] = {}
+    for retry in history.retries:
+        for model, part, name in retry.files():
+            retried.setdefault((part.index, model), []).append((name, Expected(model, part, retry)))
+    for model, part, name in history.plan.files():
+        yield name, Expected(model, part, history.first)
+        yield from retried.get((part.index, model), ())
+
+
+def _check_file(output: Output, entry: Entry, expected: Expected) -> tuple[Checked, KeysOf] | str:
+    """A part read whole with its page checksums, and its keys by shard; or what is wrong with it."""
     try:
         data = output.store.read(entry.uri)
         if not is_intact(data):
@@ -152,22 +179,39 @@ def _check_file(output: Output, entry: Entry, expected: Expected) -> Checked | s
         if footer.superseded != tuple(reject.to_dict() for reject in planned):
             return "it does not supersede the rejects that its plan has"
     table.validate(full=True)
-    keys: dict[str, list[str]] = {}
+    keys: KeysOf = {}
     for key, shard in zip(table.column("key").to_pylist(), table.column("shard").to_pylist(), strict=True):
         keys.setdefault(shard, []).append(key)
-    return Checked(footer, keys, entry.size_bytes)
+    told = hashlib.sha256(json.dumps(sorted(keys.items())).encode()).digest()
+    return Checked(footer, told, entry.size_bytes), keys
 
 
-def _duplicate_keys(good: dict[str, Checked], expected: dict[str, Expected]) -> Iterator[str]:
-    """A key twice in one shard, within a model: within a part the reader rejects it, across parts only we can see."""
-    counts: Counter[tuple[str, str, str]] = Counter()
-    for name, checked in good.items():
-        model = expected[name].model
-        for shard, keys in checked.keys.items():
-            counts.update((model, shard, key) for key in keys)
-    for (model, shard, key), count in counts.items():
-        if count > 1:
-            yield f"model `{model}`: key `{key}` of {shard} is there {count} times"
+class Keys:
+    """Keys that are there twice in one shard, within a model. Of a shard they are kept, as digests, until the last part
+    that has rows of it: whole tars need no memory, one list or folder of everything needs it for each row."""
+
+    def __init__(self, plan: Plan) -> None:
+        self.last = {piece.uri: part.index for part in plan.parts for piece in part.pieces}  # part, by shard
+        self.kept: dict[tuple[str, str], set[bytes]] = {}  # by model and shard
+        self.twice: Counter[tuple[str, str, str]] = Counter()
+        self.part = -1
+
+    def add(self, model: str, part: int, keys: KeysOf) -> None:
+        """Of one file; part after part."""
+        if self.part != part:
+            self.kept = {of: kept for of, kept in self.kept.items() if self.last.get(of[1], part) >= part}
+            self.part = part
+        for shard, of_shard in keys.items():
+            kept = self.kept.setdefault((model, shard), set())
+            for key in of_shard:
+                digest = hashlib.blake2b(key.encode("utf-8", "surrogatepass"), digest_size=16).digest()
+                if digest in kept:
+                    self.twice[model, shard, key] += 1
+                kept.add(digest)
+
+    def problems(self) -> Iterator[str]:
+        for (model, shard, key), more in self.twice.items():
+            yield f"model `{model}`: key `{key}` of {shard} is there {more + 1} times"
 
 
 def _between_models(good: dict[str, Checked]) -> Iterator[str]:
@@ -198,7 +242,8 @@ def _check_generation(output: Output, history: History, good: dict[str, Checked]
             yield f"{plan} was made after another {parent}"
     totals = _record(output, success)
     ended = not isinstance(totals, str)
-    of_union, of_this = _of(good, history), _of(good, history, generation)
+    of_union = _of(good, history)
+    of_this = _of(good, history.later[-1] if generation else history.first)
     if not isinstance(totals, str):
         yield from _success_problems(output, success, history, of_union, totals)
     elif is_last or not totals.startswith("missing"):
@@ -207,13 +252,9 @@ def _check_generation(output: Output, history: History, good: dict[str, Checked]
     yield from _check_table(output, rejects, ended, lambda table: _reject_problems(rejects, table, history, of_union))
 
 
-def _of(good: dict[str, Checked], history: History, generation: int | None = None) -> dict[str, Checked]:
+def _of(good: dict[str, Checked], planned: History | Plan) -> dict[str, Checked]:
     """The files of a history that are good, or those of one generation: part after part, the oldest first."""
-    return {
-        name: good[name]
-        for name in history.names_by_part()
-        if name in good and generation in (None, good[name].footer.generation)
-    }
+    return {name: good[name] for name in planned.names_by_part() if name in good}
 
 
 def _record(output: Output, name: str) -> dict[str, Any] | str:
@@ -258,16 +299,18 @@ def _check_table(
 
 
 def _manifest_problems(manifest: str, table: pa.Table, good: dict[str, Checked]) -> Iterator[str]:
-    said = {row["file"]: row for row in table.to_pylist()}
-    for name, checked in good.items():
-        row = said.get(name)
-        if row is None:
-            yield f"{manifest} does not name {name}"
-        elif (row["rows"], row["rows_in"], row["size_bytes"], row.get("sha256")) != (
-            checked.footer.rows, checked.footer.rows_in, checked.size_bytes, checked.footer.digest,
-        ):  # fmt: skip
-            yield f"{manifest} disagrees with {name} on rows, size or digest"
-    yield from (f"{manifest} names {name}, which is not there" for name in sorted(said.keys() - good.keys()))
+    said = set[str]()
+    for batch in table.to_batches(max_chunksize=ROWS_AT_ONCE):
+        for row in batch.to_pylist():
+            name, checked = row["file"], good.get(row["file"])
+            said.add(name)
+            if checked is None:
+                yield f"{manifest} names {name}, which is not there"
+            elif (row["rows"], row["rows_in"], row["size_bytes"], row.get("sha256")) != (
+                checked.footer.rows, checked.footer.rows_in, checked.size_bytes, checked.footer.digest,
+            ):  # fmt: skip
+                yield f"{manifest} disagrees with {name} on rows, size or digest"
+    yield from (f"{manifest} does not name {name}" for name in good if name not in said)
 
 
 def _reject_problems(name: str, table: pa.Table, history: History, good: dict[str, Checked]) -> Iterator[str]:

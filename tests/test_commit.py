@@ -51,8 +51,8 @@ class Flaky(Store):
             raise NotFound(uri)
         return self.objects[uri][start:stop]
 
-    def list_files(self, uri: str) -> list[Entry]:
-        return [Entry(name, len(data), "e") for name, data in sorted(self.objects.items()) if name.startswith(uri)]
+    def scan(self, uri: str) -> Iterator[Entry]:
+        return (Entry(name, len(data), "e") for name, data in sorted(self.objects.items()) if name.startswith(uri))
 
 
 @pytest.fixture(autouse=True)

@@ -26,11 +26,11 @@ LAYERS = [
     {"shrink"},  # how much of a JPEG the resizes can spare
     {"job"},
     {"graphs", "batch_size"},
-    {"plan", "batch", "probe", "forward"},
+    {"plan", "batch", "probe", "forward", "listing"},
     {"embed_images"},  # a job's way for images at hand
     {"embed", "write", "commit"},
-    {"child", "generations"},  # a process that may die; what retries added
-    {"apart", "watch", "signals", "stragglers"},
+    {"child", "generations"},  # a process that may die; what later runs added
+    {"apart", "watch", "signals", "stragglers", "slices", "extending"},
     {"pump"},
     {"rounds"},
     {"actors"},  # what workers of a cluster do

@@ -45,8 +45,8 @@ def footers_read(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 @pytest.fixture
 def listings(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    made, real = list[str](), Store.list_files
-    monkeypatch.setattr(Store, "list_files", lambda store, uri: made.append(uri) or real(store, uri))
+    made, real = list[str](), Store.scan
+    monkeypatch.setattr(Store, "scan", lambda store, uri: made.append(uri) or real(store, uri))
     return made
 
 

@@ -4,7 +4,8 @@
 
 Without a name, all; results of `--only` have pages of their own. `--quick` is for looking whether it works: one round,
 small batches, results to out/bench.
-`python -m infra.bench gpu --help` tells of the suite for one GPU, which is not among all.
+`python -m infra.bench gpu --help` tells of the suite for one GPU, and `simulate --help` of what a job of 1e9 images
+asks of its driver: these two are not among all.
 Exit status 1 where a contestant does not give what the reference gives; a floor that is not reached is printed.
 """
 
@@ -16,7 +17,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from infra.bench import decode, efficiency, end_to_end, gpu, growth, models
+from infra.bench import decode, efficiency, end_to_end, gpu, growth, models, simulate
 from infra.bench.contest import Rules
 from infra.bench.report import Report
 
@@ -35,6 +36,8 @@ def main(arguments: list[str] | None = None) -> int:
     given = sys.argv[1:] if arguments is None else arguments
     if given[:1] == ["gpu"]:  # for a machine that has one, with options of its own
         return gpu.main(given[1:])
+    if given[:1] == ["simulate"]:  # of the driver alone: hours at its full size
+        return simulate.main(given[1:], RESULTS)
     options = _options(given)
     rules = Rules(rounds=1, round_s=0.0, quick=True) if options.quick else Rules(rounds=options.rounds)
     folder: Path = options.out or (QUICK_RESULTS if options.quick else RESULTS)

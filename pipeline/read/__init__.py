@@ -7,13 +7,14 @@ batches are cut by, so they must not depend on anything but the part.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
 import pyarrow as pa
 
 from pipeline.schema import Part, Piece, Reject, Row
+from pipeline.storage import Entry
 
 SOURCES = {
     "webdataset": ("pipeline.read.webdataset", "WebDataset"),
@@ -37,8 +38,9 @@ class Source(Protocol):
     @property
     def kind(self) -> str: ...
 
-    def plan(self, limits: PartLimits) -> Iterator[tuple[Piece, ...]]:
-        """The parts, as the pieces that each covers, in an order that depends on the input alone.
+    def plan(self, limits: PartLimits, known: Container[Entry] = ()) -> Iterator[tuple[Piece, ...]]:
+        """The parts, as the pieces that each covers, in an order that depends on the input alone. Files that are
+        `known` are left out, and need not be opened; there may be no others then.
 
         Raises InputError for missing or empty input, StorageError when the store does not answer."""
 

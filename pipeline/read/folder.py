@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Container, Iterator, Sequence
 from typing import Literal
 
 import pyarrow as pa
@@ -47,14 +47,14 @@ class Folder(SourceSettings):
                 raise ValueError(f"keep names `{column.name}`; a folder knows only `class`")
         return keep
 
-    def plan(self, limits: PartLimits) -> Iterator[tuple[Piece, ...]]:
+    def plan(self, limits: PartLimits, known: Container[Entry] = ()) -> Iterator[tuple[Piece, ...]]:
         """One piece per image file. Raises InputError, StorageError."""
         roots = Roots(self.names)
         with input_exists():
             entries = {entry.uri: entry for name in roots.names for entry in _files(self.store, name)}
         images = [entries[uri] for uri in sorted(entries) if _is_image(roots.key_of(uri))]
         _tell_ignored(entries.keys() - {entry.uri for entry in images}, found=bool(images), where=self.names)
-        yield from pack((Piece(e.uri, e.size_bytes, e.etag, rows=1) for e in images), limits)
+        yield from pack((Piece(e.uri, e.size_bytes, e.etag, rows=1) for e in images if e not in known), limits)
 
     def read(self, part: Part) -> Iterator[Row | Reject]:
         """Every file of a part in order, fetched in parallel. Raises PartFailed for one that changed or is gone."""

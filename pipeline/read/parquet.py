@@ -8,7 +8,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from dataclasses import replace
 from functools import cached_property
 from typing import Any, Literal
@@ -56,11 +56,13 @@ class ParquetRows(SourceSettings):
         "float64 or bool",
     )
 
-    def plan(self, limits: PartLimits) -> Iterator[tuple[Piece, ...]]:
+    def plan(self, limits: PartLimits, known: Container[Entry] = ()) -> Iterator[tuple[Piece, ...]]:
         """Row groups packed into parts, cut where one alone is too large. Raises InputError, StorageError."""
         with input_exists():
-            parts = pack((piece for footer in self._footers() for piece in pieces_of(footer, limits)), limits)
+            parts = pack((piece for footer in self._footers(known) for piece in pieces_of(footer, limits)), limits)
             first = next(parts, None)
+            if first is None and known:
+                return
             if first is None:
                 raise InputError(f"{', '.join(map(redact, self.names))}: the Parquet files hold no rows")
             yield from itertools.chain([first], parts)
@@ -89,11 +91,16 @@ class ParquetRows(SourceSettings):
     def _entries(self) -> list[Entry]:
         return sorted(self.store.expand(self.names), key=lambda entry: entry.uri)
 
-    def _footers(self) -> Iterator[Footer]:
-        """Of every file, each checked for the columns and against the first."""
+    def _footers(self, known: Container[Entry]) -> Iterator[Footer]:
+        """Of every file that is not known, each checked for the columns and against the first that is, or of all."""
+        entries = self._entries()
+        new = [entry for entry in entries if entry not in known]
+        old = next((entry for entry in entries if entry in known), None) if new else None
         first = None
-        for footer in read_footers(self.store, self._entries()):
+        for footer in read_footers(self.store, [*([old] if old else []), *new]):
             first = first or footer
+            if footer.entry == old:
+                continue
             self._check_columns(footer)
             check_same_fields(first, footer, self.kept)
             yield footer

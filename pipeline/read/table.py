@@ -13,7 +13,7 @@ from __future__ import annotations
 import itertools
 import posixpath
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Literal
@@ -61,11 +61,13 @@ class Table(SourceSettings):
         default=256 << 20, ge=1, description="An object larger than this is rejected without being read whole"
     )
 
-    def plan(self, limits: PartLimits) -> Iterator[tuple[Piece, ...]]:
+    def plan(self, limits: PartLimits, known: Container[Entry] = ()) -> Iterator[tuple[Piece, ...]]:
         """Runs of at most `limits.rows` rows; the images' sizes are not known. Raises InputError, StorageError."""
         with input_exists():
-            parts = pack(self._pieces(limits), replace(limits, size_bytes=1 << 62))
+            parts = pack(self._pieces(limits, known), replace(limits, size_bytes=1 << 62))
             first = next(parts, None)
+            if first is None and known:
+                return
             if first is None:
                 raise InputError(f"{', '.join(map(redact, self.names))}: the lists hold no rows")
             yield from itertools.chain([first], parts)
@@ -108,9 +110,12 @@ class Table(SourceSettings):
     def _needed(self) -> list[str]:
         return [self.uri, *([self.key] if self.key else []), *(column.name for column in self.kept)]
 
-    def _pieces(self, limits: PartLimits) -> Iterator[Piece]:
+    def _pieces(self, limits: PartLimits, known: Container[Entry]) -> Iterator[Piece]:
         first = None
         for entry in self._entries():
+            is_known = entry in known
+            if is_known and first:
+                continue  # one of them tells the types
             first = first or entry
             fields = self._format(entry.uri).fields(self.store, entry, self.kept)
             if fields != list(self.passthrough()):
@@ -119,7 +124,8 @@ class Table(SourceSettings):
                     f"{_listing(self.passthrough())} and {_listing(fields)}",
                     hint="name the types that are wanted: `keep: [name:type]`",
                 )
-            yield from self._format(entry.uri).pieces(self.store, entry, self._needed(), limits)
+            if not is_known:
+                yield from self._format(entry.uri).pieces(self.store, entry, self._needed(), limits)
 
     def _records(self, part: Part) -> Iterator[Record]:
         default = None if isinstance(self._format(part.pieces[0].uri), ParquetList) else "string"

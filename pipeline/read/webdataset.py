@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import logging
 from collections import deque
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Container, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
@@ -84,10 +84,11 @@ class WebDataset(SourceSettings):
                 raise ValueError(f"keep has `{entry}`: the whole sidecar is text; name one of its fields instead")
         return keep
 
-    def plan(self, limits: PartLimits) -> Iterator[tuple[Piece, ...]]:
+    def plan(self, limits: PartLimits, known: Container[Entry] = ()) -> Iterator[tuple[Piece, ...]]:
         """Small tars grouped by their bytes, large ones split. Raises InputError, StorageError."""
         with input_exists():
-            entries = sorted(self.store.expand(self.names), key=lambda entry: entry.uri)
+            found = sorted(self.store.expand(self.names), key=lambda entry: entry.uri)
+        entries = [entry for entry in found if entry not in known]
         by_bytes = replace(limits, size_bytes=min(limits.size_bytes, limits.rows * TYPICAL_IMAGE_BYTES))
         for is_large, run in itertools.groupby(entries, self._is_split):
             if is_large:

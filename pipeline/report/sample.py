@@ -15,7 +15,8 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.commit import model_of, parse_name
+from pipeline.commit import model_of
+from pipeline.listing import parse_name
 from pipeline.report.account import UNREADABLE, Account
 from pipeline.report.accuracy import truths_named
 from pipeline.schema import Part

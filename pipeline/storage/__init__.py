@@ -99,8 +99,12 @@ class Store:
     def list_files(self, uri: str) -> list[Entry]:
         """Every file below a folder, sorted by URI; [] where there is no such folder, NotFound where there is no such
         bucket. One listing, no HEADs."""
+        return sorted(self.scan(uri), key=lambda entry: entry.uri)
+
+    def scan(self, uri: str) -> Iterator[Entry]:
+        """The same in any order, while it comes: of very many, nobody need hold all."""
         folder = resolve(uri).rstrip("/") + "/"
-        return sorted(self._backend(folder).scan(folder, deep=True), key=lambda entry: entry.uri)
+        return self._backend(folder).scan(folder, deep=True)
 
     def read(self, uri: str, start: int = 0, stop: int | None = None, *, expect: Entry | None = None) -> bytes:
         """Bytes [start, stop), cut at the file's end as a slice is. With `expect`, an object whose size or etag differs

@@ -3,6 +3,7 @@
     python -m tests.chaos --runs 1000     seeded runs of the small job (`make chaos`)
     python -m tests.chaos --seed 1234     one of them again, its folder kept
     python -m tests.chaos.on_retry        a retry killed at every step, and two at once
+    python -m tests.chaos.on_extend       an extension, the same
     python -m tests.chaos.on_ray          workers, actors and drivers of Ray killed; nodes lost, drained and added
     python -m tests.chaos.safeguards      each safeguard turned off in turn, and which tests see it
 

@@ -4,7 +4,7 @@
     --store s3    on a store alone, and not also on a disk
 
 After each, the output must be the undisturbed retry's, file by file, `verify` must find nothing, and whoever looked in
-between must have seen no row twice.
+between must have seen no row twice. `on_extend` asks the same of an extension.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -43,9 +43,9 @@ from tests.chaos.stores import BUCKET, Server
 from tests.small import job_dict, jpeg, make_checkpoint
 
 ROWS, PER_PART = 24, 4
+RETRIED = r"-retry1\.parquet"
 GONE, STAYS = {1, 2, 9, 13, 21, 22}, {13, 22}  # not there when the job ran; nor when it is tried again
-RETRIED_PART = r"-retry1\.parquet"
-OBJECTS = ("_probe-", "_plan-1", "_run-1", RETRIED_PART, "_meter-", "_rejects-1", "_manifest-1", "_SUCCESS-1")
+OBJECTS = ("_probe-", "_plan-1", "_run-1", "PART", "_meter-", "_rejects-1", "_manifest-1", "_SUCCESS-1")
 UNLIKE = ("_meter-", "_manifest-1", "_SUCCESS-1", "_probe-")  # they hold what was measured, or a digest of it
 LATER = re.compile(r"-(retry)?[2-9](\.\w+)?$")
 LIMIT_S = 300.0
@@ -53,32 +53,51 @@ Wave = tuple[Blow | None, ...]
 
 
 @dataclass(frozen=True)
-class Bed:
-    """root: a folder, or a prefix; below it the input, and `base`: the output of the job, before any retry."""
+class Subject:
+    """A command that adds one generation to an output. `make(folder, root)`: the input and the job's output, then what
+    the generation is about; `add(root, uri)`: the command."""
 
+    name: str
+    make: Callable[[Path, str], None]
+    add: Callable[[str, str], object]
+    part: str  # a pattern of the names of the files that it adds
+    rows: int  # of the output in the end, of each of two models
+
+    @property
+    def objects(self) -> list[str]:
+        return [self.part if name == "PART" else name for name in OBJECTS]
+
+
+@dataclass(frozen=True)
+class Bed:
+    """root: a folder, or a prefix; below it the input, and `base`: the output of the job, before any generation."""
+
+    subject: Subject
     root: str
     undisturbed: dict[str, str]
     seconds: float
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m tests.chaos.on_retry", description=__doc__)
+def main(subject: Subject | None = None) -> int:
+    subject = subject or Subject("retry", _make, lambda _, uri: retry(uri, runner="local"), RETRIED, ROWS - len(STAYS))
+    name = subject.name
+    parser = argparse.ArgumentParser(prog=f"python -m tests.chaos.on_{name}", description=__doc__)
     parser.add_argument("--each", type=int, default=1, help="1: every step once; more: so many seeded runs as well")
     parser.add_argument("--store", choices=["disk", "s3"], help="this one alone")
     parser.add_argument("--out", type=Path, help="the counts as JSON")
     arguments = parser.parse_args()
-    started, folder = time.monotonic(), Path(tempfile.mkdtemp(prefix="retry-"))
+    started, folder = time.monotonic(), Path(tempfile.mkdtemp(prefix=f"{name}-"))
     counts, failures, server = Counter[str](), list[str](), None
     try:
         for store in (arguments.store,) if arguments.store else ("disk", "s3"):
             if store == "s3":
                 server = Server()
                 os.environ["AWS_ENDPOINT_URL"] = server.url
-            bed = _bed(folder, str(folder) if store == "disk" else f"{BUCKET}/retry")
-            for number, waves in enumerate(_plans(store, bed.seconds, arguments.each - 1)):
+            bed = _bed(subject, folder, str(folder) if store == "disk" else f"{BUCKET}/{name}")
+            for number, waves in enumerate(_plans(subject, store, bed.seconds, arguments.each - 1)):
                 outcome = _one(bed, waves, folder / f"{store}-{number}", server)
                 counts.update({"runs": 1, f"runs on {store}": 1, **outcome.counts})
-                told = "; then ".join(" with ".join(str(blow or "a quiet retry") for blow in wave) for wave in waves)
+                told = "; then ".join(" with ".join(str(blow or f"a quiet {name}") for blow in wave) for wave in waves)
                 failures += [f"FAILED on {store}: {told}: {problem}" for problem in outcome.problems]
     finally:
         if server:
@@ -92,37 +111,38 @@ def main() -> int:
         record = {"counts": dict(sorted(counts.items())), "failures": failures, "seconds": round(seconds)}
         arguments.out.write_text(json.dumps(record, indent=1) + "\n")
     print(
-        f"retries: {counts['runs']} runs, {counts['kills']} kills, {counts['rows checked']} rows checked, rows lost = "
+        f"{name}: {counts['runs']} runs, {counts['kills']} kills, {counts['rows checked']} rows checked, rows lost = "
         f"{counts['rows lost']}, rows twice = {counts['rows twice']}, {len(failures)} failures, {seconds:.0f} s"
     )
     return 1 if failures else 0
 
 
-def _plans(store: str, seconds: float, seeded: int) -> Iterator[Sequence[Wave]]:
-    for name in OBJECTS:
+def _plans(subject: Subject, store: str, seconds: float, seeded: int) -> Iterator[Sequence[Wave]]:
+    for name in subject.objects:
         for step in STEPS[store]:
-            yield [(Blow("kill", step, name, nth),) for nth in ((2, 1) if name == RETRIED_PART else (1,))]
+            yield [(Blow("kill", step, name, nth),) for nth in ((2, 1) if name == subject.part else (1,))]
     yield [(None, None)]
     for seed in range(seeded):
         rng = random.Random(seed)
         yield [
-            tuple(_blow(rng, store, seconds) for _ in range(rng.choice((1, 1, 2)))) for _ in range(rng.choice((1, 3)))
+            tuple(_blow(subject, rng, store, seconds) for _ in range(rng.choice((1, 1, 2))))
+            for _ in range(rng.choice((1, 3)))
         ]
 
 
-def _blow(rng: random.Random, store: str, seconds: float) -> Blow | None:
+def _blow(subject: Subject, rng: random.Random, store: str, seconds: float) -> Blow | None:
     if rng.random() < 0.2:
         return None
     if rng.random() < 0.4:
         return Blow("kill", after_s=rng.uniform(0.0, 1.1 * seconds))
-    return Blow("kill", rng.choice(STEPS[store]), rng.choice(OBJECTS), 1)
+    return Blow("kill", rng.choice(STEPS[store]), rng.choice(subject.objects), 1)
 
 
-def _bed(folder: Path, root: str) -> Bed:
-    result_of(lambda: _make(folder, root))
+def _bed(subject: Subject, folder: Path, root: str) -> Bed:
+    result_of(lambda: subject.make(folder, root))
     started = time.monotonic()
-    undisturbed = result_of(lambda: _undisturbed(root))
-    return Bed(root, undisturbed, time.monotonic() - started)
+    undisturbed = result_of(lambda: _undisturbed(subject, root))
+    return Bed(subject, root, undisturbed, time.monotonic() - started)
 
 
 def _make(folder: Path, root: str) -> None:
@@ -142,10 +162,10 @@ def _make(folder: Path, root: str) -> None:
         store.create(join(root, f"img/{number}.jpg"), jpeg(number))
 
 
-def _undisturbed(root: str) -> dict[str, str]:
+def _undisturbed(subject: Subject, root: str) -> dict[str, str]:
     uri = join(root, "undisturbed")
     _copy(root, uri)
-    retry(uri, runner="local")
+    subject.add(root, uri)
     assert verify(Output.at(uri)) == []
     return _digests(uri)
 
@@ -158,7 +178,8 @@ def _copy(root: str, uri: str) -> None:
 
 
 def _digests(uri: str) -> dict[str, str]:
-    """Of what the first retry wrote; where it ended before its blow, the same command began another, of the rest."""
+    """Of what the first generation wrote; where a retry ended before its blow, the same command began another, of the
+    rest."""
     output = Output.at(uri)
     files = {
         name: entry for name, entry in output.files().items() if not name.startswith(UNLIKE) and not LATER.search(name)
@@ -174,7 +195,7 @@ def _one(bed: Bed, waves: Sequence[Wave], place: Path, server: Server | None) ->
     try:
         for number, wave in enumerate([*waves, (None,)]):
             drivers = [
-                Driver.doing(lambda _: retry(uri, runner="local"), blow, place / f"{number}-{n}.log")
+                Driver.doing(lambda _: bed.subject.add(bed.root, uri), blow, place / f"{number}-{n}.log")
                 for n, blow in enumerate(wave)
             ]
             wait_for(drivers, LIMIT_S)
@@ -197,8 +218,8 @@ def _judged(bed: Bed, uri: str) -> tuple[list[str], dict[str, int]]:
     if digests != bed.undisturbed:
         names = digests.keys() | bed.undisturbed.keys()
         differ = sorted(name for name in names if digests.get(name) != bed.undisturbed.get(name))
-        problems.append(f"not as after an undisturbed retry: {', '.join(differ[:5])}")
-    lost, twice = 2 * (ROWS - len(STAYS)) - len(keys), sum(keys.values()) - len(keys)
+        problems.append(f"not as after an undisturbed {bed.subject.name}: {', '.join(differ[:5])}")
+    lost, twice = 2 * bed.subject.rows - len(keys), sum(keys.values()) - len(keys)
     if lost or twice:
         problems.append(f"{lost} rows lost, {twice} rows twice")
     return problems, {"rows checked": len(keys), "rows lost": lost, "rows twice": twice}
