@@ -16,6 +16,7 @@ from pipeline.ask import add_commands
 from pipeline.errors import Img2ParquetError, Stopped, UserError, printable
 from pipeline.exports import command as exports
 from pipeline.signals import Signals
+from pipeline.submit import command as submit
 from pipeline.supervise import supervise
 from pipeline.watch import LEFT_BEHIND
 
@@ -92,6 +93,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     run.add_argument("--address", help="Ray cluster to join; default: RAY_ADDRESS, or one started here")
     run.add_argument("--json", action="store_true", help="print the summary as JSON")
+    submit.add_arguments(_command(commands, "submit", None, "run a job on a Ray cluster, by its Jobs API"))
     _add_job(_command(commands, "plan", _plan, "what a run would do: parts, bytes, what is committed; writes nothing"))
     status = _command(commands, "status", _status, "how far a run is; works while it runs")
     status.add_argument("uri", help="the job's output.uri")

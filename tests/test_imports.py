@@ -41,7 +41,7 @@ LAYERS = [
     {"report", "exports"},
     {"index", "embed_image", "few_shot", "label_file"},
     {"search", "duplicates", "thumbnails", "sheet", "linear_probe"},
-    {"ask"},  # commands on finished outputs
+    {"ask", "submit"},  # commands on finished outputs; on clusters elsewhere
     {"cli"},
 ]
 WITHIN = {
@@ -53,7 +53,7 @@ WITHIN = {
 HEAVY = {
     "torch": {"models", "decode", "preprocess", "outputs", "embed", "local", "probe"}
     | {"device", "graphs", "forward", "batch_size", "gpus"},
-    "ray": {"cluster", "actors"},
+    "ray": {"cluster", "actors", "submit"},
     "PIL": {"decode", "preprocess", "models", "outputs", "report", "exports", "thumbnails", "judge"},
     "simplejpeg": {"decode"},
     "pyarrow": {"schema", "storage", "read", "outputs", "plan", "batch", "embed", "write", "commit", "cluster"}
