@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: help demo test browser check check-style chaos fuzz bounds bench bench-gpu parity s3 clean
+.PHONY: help demo test multinode image browser check check-style chaos fuzz bounds bench bench-gpu parity s3 clean
 help:  ## what can be made
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12
 
@@ -17,14 +17,20 @@ demo: $(STAMP)  ## label and embed real photographs on this machine, offline (un
 	@$(BIN)/python infra/demo/demo.py
 
 test: $(STAMP)  ## every test that needs no other program
-	$(BIN)/python -m pytest -m "not realstore and not browser"
+	$(BIN)/python -m pytest -m "not realstore and not browser and not multinode"
+
+multinode: $(STAMP)  ## several Ray nodes and a live head on this machine: submit, a stand-in GPU, nodes that go and come
+	$(BIN)/python -m pytest -m multinode
+
+image: $(STAMP)  ## every instruction of the Dockerfile, without an engine, in roots of its own (minutes; as root)
+	$(BIN)/python infra/docker/exercise.py
 
 browser: $(STAMP)  ## the report's page in a real browser (wants Chromium: apt-get install chromium)
 	$(BIN)/python -m pip install --quiet --constraint infra/constraints.txt --editable '.[browser]'
 	$(BIN)/python -m pytest -m browser
 
 check: check-style  ## before a push: format, lint, types, fast tests
-	$(BIN)/python -m pytest -q -m "not realstore and not slow and not browser"
+	$(BIN)/python -m pytest -q -m "not realstore and not slow and not browser and not multinode"
 
 check-style: $(STAMP)
 	$(BIN)/ruff format --check .

@@ -18,7 +18,9 @@ from typing import Any, Literal
 import pipeline
 from pipeline.errors import JobError, JobFailed
 from pipeline.job import JobSpec, parse_job
-from pipeline.storage import holds_secret, redact, scheme_of
+from pipeline.read.settings import SourceSettings
+from pipeline.storage import holds_secret, redact
+from pipeline.storage.entry import scheme_of
 
 PACKAGE = Path(pipeline.__file__).parent
 DISTRIBUTION = "img2parquet"
@@ -86,6 +88,7 @@ def check_places(job: JobSpec, shared_paths: bool) -> None:
 
 
 def _places(job: JobSpec) -> Iterator[tuple[str, str]]:
+    assert isinstance(job.input, SourceSettings)
     yield from ((f"input.uris[{i}]", uri) for i, uri in enumerate(job.input.uris))
     for i, model in enumerate(job.models):
         if _is_path(model.model) or "://" in model.model:

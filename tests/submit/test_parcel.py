@@ -31,7 +31,8 @@ def test_what_is_uploaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     assert sorted(path.name for path in folder.iterdir()) == ["arrive.py", "job.json", "needs.json", "pipeline"]
     files = [path for path in folder.rglob("*") if path.is_file()]
     assert {path.suffix for path in files} <= {".py", ".json", ".html", ".css", ".js"}
-    assert not any(b"planted-7c1f" in path.read_bytes() for path in files) and "planted-7c1f" not in json.dumps(environment)
+    assert not any(b"planted-7c1f" in path.read_bytes() for path in files)
+    assert "planted-7c1f" not in json.dumps(environment)
     assert sum(path.stat().st_size for path in files) < 3 << 20
     assert environment["working_dir"] == str(folder) and set(environment) == {"working_dir", "env_vars"}
     ran = subprocess.run(  # it is the whole package: it works from there
