@@ -21,6 +21,7 @@ The way of one image, a file for each step:
     driver.py       a job from start to end
     generations.py  what later runs added to an output: names, records and union; retrying.py tries rejects again
     report/         what lies in an output -> one HTML page
+    submit/         a job file -> a job on a Ray cluster elsewhere, by its Jobs API
     exports/        committed rows -> the files of another tool; vectors.py: a column of vectors -> numpy
 
 and what may be asked of what came out (ask.py has the commands):
