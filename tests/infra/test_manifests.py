@@ -63,6 +63,7 @@ def test_the_rayjob_has_the_fields_it_may_have() -> None:
         (("spec", "backoffLimit"), "3"),
         (("spec", "submissionMode"), "Mode"),
         (("spec", "rayClusterSpec", "autoscalerOptions", "upscalingMode"), "Fast"),
+        (("spec", "rayClusterSpec", "authOptions", "mode"), "none"),
         (("spec", "rayClusterSpec", "headGroupSpec", "rayStartParams", "num-cpus"), 0),
         (("spec", "rayClusterSpec", "workerGroupSpecs", 0, "maxReplicas"), -1),
     ],
