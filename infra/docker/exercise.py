@@ -106,6 +106,7 @@ class Build:
             _made(root / own)
         (root / "tmp").chmod(0o1777)
         shutil.copytree("/etc", root / "etc", symlinks=True, ignore=_unreadable)
+        _system_accounts_only(root / "etc")
         self.stage = self.stages[name] = Stage(root)
         base = _made(root / "run" / "base")  # the base image's `python`
         (base / "python").symlink_to(Path(sys.base_prefix) / "bin" / f"python3.{sys.version_info.minor}")
@@ -191,6 +192,19 @@ def _made(folder: Path) -> Path:
 def _unreadable(folder: str, names: list[str]) -> set[str]:
     """Keys and sockets stay outside."""
     return {name for name in names if name in ("shadow", "gshadow", "ssl-private", "private", "ssh", "sudoers.d")}
+
+
+def _system_accounts_only(etc: Path) -> None:
+    """People with accounts on this machine are not in a base image; whose passwords are locked."""
+    for name in ("passwd", "group"):
+        lines = (etc / name).read_text().splitlines()
+        kept = [line for line in lines if not 1000 <= int(line.split(":")[2]) < 65534]
+        (etc / name).write_text("\n".join(kept) + "\n")
+        names = [line.split(":")[0] for line in kept]
+        shadow = etc / {"passwd": "shadow", "group": "gshadow"}[name]
+        rest = ":*:19000:0:99999:7:::" if name == "passwd" else ":*::"
+        shadow.write_text("".join(f"{one}{rest}\n" for one in names))
+        shadow.chmod(0o600)
 
 
 def main() -> None:
