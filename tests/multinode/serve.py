@@ -8,10 +8,13 @@ the end of stdin                    everything is stopped
 
 from __future__ import annotations
 
+import atexit
 import functools
 import json
+import shutil
 import socket
 import sys
+import tempfile
 from collections.abc import Callable
 from typing import Any
 
@@ -41,7 +44,10 @@ def serve() -> None:
 def _start() -> Cluster:
     """A head without CPUs of its own, as infra/kuberay's: it holds the driver."""
     head = {"num_cpus": 0, "include_dashboard": True, "dashboard_host": "127.0.0.1", "dashboard_port": _free_port()}
-    return Cluster(initialize_head=True, head_node_args={**head, **_own_agent()})
+    # a job finds its cluster by a file in this folder: in the usual one by that of whichever cluster came last
+    folder = tempfile.mkdtemp(prefix="fleet-")  # short: sockets lie below it
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return Cluster(initialize_head=True, head_node_args={**head, **_own_agent(), "temp_dir": folder})
 
 
 def _own_agent() -> dict[str, int]:
