@@ -7,7 +7,7 @@ TEST_PROCESSES ?= 2
 # each takes a run of tests that lie together, so that a file's fixtures are mostly made once; who is idle takes over some
 PYTEST := $(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist worksteal
 
-.PHONY: help demo test browser targets check check-style chaos fuzz bounds bench bench-gpu parity s3 clean
+.PHONY: help demo test multinode image browser targets check check-style chaos fuzz bounds bench bench-gpu parity s3 clean
 help:  ## what can be made
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12
 
@@ -20,7 +20,13 @@ demo: $(STAMP)  ## label and embed real photographs on this machine, offline (un
 	@$(BIN)/python infra/demo/demo.py
 
 test: $(STAMP)  ## every test that needs no other program
-	$(PYTEST) -m "not realstore and not browser and not targets"
+	$(PYTEST) -m "not realstore and not browser and not targets and not multinode"
+
+multinode: $(STAMP)  ## several Ray nodes and a live head on this machine: submit, a stand-in GPU, nodes that go and come
+	$(BIN)/python -m pytest -m multinode
+
+image: $(STAMP)  ## every instruction of the Dockerfile, without an engine, in roots of its own (minutes; as root)
+	$(BIN)/python infra/docker/exercise.py
 
 browser: $(STAMP)  ## the report's page in a real browser (wants Chromium: apt-get install chromium)
 	$(BIN)/python -m pip install --quiet --constraint infra/constraints.txt --editable '.[browser]'
@@ -31,7 +37,7 @@ targets: $(STAMP)  ## our exports read by Label Studio's, CVAT's and autofaiss' 
 	$(BIN)/python -m pytest -m targets tests/exports
 
 check: check-style  ## before a push: format, lint, types, fast tests
-	$(PYTEST) -q -m "not realstore and not slow and not browser and not targets"
+	$(PYTEST) -q -m "not realstore and not slow and not browser and not targets and not multinode"
 
 check-style: $(STAMP)
 	$(BIN)/ruff format --check .

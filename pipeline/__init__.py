@@ -25,6 +25,7 @@ The way of one image, a file for each step:
                     extending.py adds files that have come to the input since
     slices.py       several drivers on one plan, each with its slice; listing.py: what lies in an output, compactly
     report/         what lies in an output -> one HTML page
+    submit/         a job file -> a job on a Ray cluster elsewhere, by its Jobs API
     exports/        committed rows -> the files of another tool; vectors.py: a column of vectors -> numpy
     embed_images.py images at hand -> vectors, as a job would have written them
     cli.py          the commands: look.py has those that change nothing, ask.py those below; tell.py prints

@@ -14,6 +14,7 @@ from pipeline import ask, look
 from pipeline.errors import Img2ParquetError, Stopped, UserError
 from pipeline.exports import command as exports
 from pipeline.signals import Signals
+from pipeline.submit import command as submit
 from pipeline.supervise import supervise
 from pipeline.tell import json_line, print_retry, print_summary, say
 from pipeline.watch import LEFT_BEHIND
@@ -92,6 +93,7 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument(
         "--extend", action="store_true", help="also do the files that have come to the input since the job was planned"
     )
+    submit.add_arguments(_command(commands, "submit", None, "run a job on a Ray cluster, by its Jobs API"))
     look.add_commands(commands, _command)
     _add_retry(commands)
     report = _command(commands, "report", _report, "one HTML page about an output, with pictures; needs no network")

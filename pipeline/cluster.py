@@ -40,10 +40,12 @@ BLOCK_BYTES = 16 << 20  # Ray's default of 128 MiB would be a thousand images, o
 IMAGE_BYTES = 64 << 10  # typical: a part of a list has the list's own size
 BLOCKS_EACH = 8  # at least, of a small job to each worker: one that has the last block works alone
 MAX_READ_TASKS = 1000
+WAITS_S = 20.0  # for a first answer of a worker, until we say what it may wait for
 WORKER_TRIES = 3
 READ_TRIES = 8  # of a part's task: from the second on it reads in a process apart, so these are for nodes that go
 GROWN, GROWN_FOR_S = 1.25, 30.0  # how much larger a cluster must be, and stay, for a graph to begin anew
 STACKS_S, MOST_NODES = 10.0, 32  # for nodes to say where their workers are
+log = logging.getLogger(__name__)
 LOST = (
     ray.exceptions.RayActorError,
     ray.exceptions.WorkerCrashedError,
@@ -60,7 +62,10 @@ def start(job: JobSpec, address: str | None = None) -> Probe:
     gpus = _gpus_per_worker(job)
     task = ray.remote(num_cpus=READ_CPUS, num_gpus=gpus)(_probe)
     try:
-        result: Probe = ray.get(task.remote(job, int(_resource("GPU")), gpus))
+        asked = task.remote(job, int(_resource("GPU")), gpus)
+        if not ray.wait([asked], timeout=WAITS_S)[0] and _resource("GPU") < gpus:
+            log.warning("waiting for a node with a GPU: a worker of this job gets %g, the cluster has none yet", gpus)
+        result: Probe = ray.get(asked)
     except ray.exceptions.RayError as error:
         if isinstance(error, LOST):
             said = str(error).partition("\n")[0]
@@ -88,6 +93,11 @@ def _init(address: str | None) -> None:
         with nullcontext() if joined else _silent_stderr():
             ray.init(address=joined or "local", logging_level=logging.ERROR, log_to_driver=False, **own)
     except (ConnectionError, RuntimeError, ValueError) as error:
+        if "version mismatch" in str(error).lower():
+            raise JobFailed(
+                f"the Ray cluster at `{joined}` runs other versions than this process: {' '.join(str(error).split())}",
+                hint="use the cluster's Ray and Python here, or `img2parquet submit`, which runs the job with its own",
+            ) from None
         raise JobFailed(
             f"no Ray cluster at `{joined}`: {error}", hint="leave out the address to start one here"
         ) from None

@@ -48,7 +48,7 @@ LAYERS = [
     {"index", "embed_image", "few_shot", "label_file"},
     {"mirror"},  # labels for each file of a model
     {"search", "duplicates", "sheet", "linear_probe"},
-    {"ask", "look"},  # commands: on finished outputs; those that change nothing
+    {"ask", "look", "submit"},  # commands: on finished outputs; those that change nothing; on clusters elsewhere
     {"cli"},
 ]
 WITHIN = {
@@ -61,7 +61,7 @@ WITHIN = {
 HEAVY = {
     "torch": {"models", "decode", "preprocess", "outputs", "embed", "local", "probe"}
     | {"device", "graphs", "forward", "batch_size", "gpus", "embed_images"},
-    "ray": {"cluster", "actors"},
+    "ray": {"cluster", "actors", "submit"},
     "PIL": {"decode", "preprocess", "models", "outputs", "report", "exports", "thumbnails", "judge"},
     "simplejpeg": {"decode"},
     "pyarrow": {"schema", "storage", "read", "outputs", "plan", "batch", "embed", "write", "commit", "cluster"}
