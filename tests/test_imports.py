@@ -21,6 +21,7 @@ LAYERS = [
     {"storage"},
     # what an image's first bytes say; what stages did; where models run; what threads are at
     {"headers", "meter", "device", "gpus", "flight"},
+    {"logs", "metrics"},  # what is said of a job while it runs
     {"read", "decode", "preprocess", "models", "outputs"},
     {"shrink"},  # how much of a JPEG the resizes can spare
     {"job"},
@@ -30,9 +31,10 @@ LAYERS = [
     {"child", "generations"},  # a process that may die; what retries added
     {"apart", "watch", "signals"},
     {"rounds"},
-    {"actors"},  # what workers of a cluster do
+    {"actors", "ray_metrics"},  # what workers of a cluster do; Ray's exporter
     {"local", "cluster"},
     {"derived", "judge"},  # partitions made from others; what a truth says of a row
+    {"standing"},
     {"losses", "finish", "session", "evaluate"},
     {"driver"},
     {"retrying"},
@@ -53,7 +55,7 @@ WITHIN = {
 HEAVY = {
     "torch": {"models", "decode", "preprocess", "outputs", "embed", "local", "probe"}
     | {"device", "graphs", "forward", "batch_size", "gpus"},
-    "ray": {"cluster", "actors"},
+    "ray": {"cluster", "actors", "ray_metrics"},
     "PIL": {"decode", "preprocess", "models", "outputs", "report", "exports", "thumbnails", "judge"},
     "simplejpeg": {"decode"},
     "pyarrow": {"schema", "storage", "read", "outputs", "plan", "batch", "embed", "write", "commit", "cluster"}
