@@ -14,7 +14,7 @@ import pickle
 import threading
 import time
 import warnings
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext, suppress
 from typing import Any
 
@@ -97,9 +97,14 @@ def _take_workers_lines() -> None:
         from ray._private.ray_logging import global_worker_stdstream_dispatcher as lines
 
         lines.remove_handler("ray_print_logs")
-        lines.add_handler("img2parquet", lambda data: repeat(data.get("lines", ())))
+        lines.add_handler("img2parquet", _repeat)
     except Exception as error:  # inner names of Ray's: then they stay in the nodes' log files, which are JSON too
         log.warning("the workers' lines stay in Ray's log files: %s", error)
+
+
+def _repeat(data: Mapping[str, Any]) -> None:
+    if data.get("pid") != "autoscaler":  # which tells its state every few seconds
+        repeat(data.get("lines", ()))
 
 
 @contextmanager

@@ -151,6 +151,8 @@ import sys, time, urllib.request
 import ray
 from pipeline.cli import main
 code = main(["run", sys.argv[1], "--log-format", "json"])
+if code:
+    sys.exit(code)
 (node,) = ray.nodes()
 url = f"http://127.0.0.1:{node['MetricsExportPort']}/metrics"
 until, text = time.monotonic() + 60, ""

@@ -11,10 +11,9 @@ import pytest
 from fsspec.registry import get_filesystem_class
 
 from pipeline.commit import Output
-from pipeline.errors import AccessDenied, AlreadyExists, InputError, JobError, MissingDependency, OutcomeUnknown
+from pipeline.errors import AccessDenied, AlreadyExists, InputError, JobError, MissingDependency
 from pipeline.job import parse_job
 from pipeline.storage import Store
-from pipeline.storage.faults import Patience
 from tests.small import job_dict
 from tests.storage.clouds import KEY, Objects, azure, connection_string, google
 
@@ -61,13 +60,14 @@ def test_a_lost_answer_never_makes_a_second_object(cloud: tuple[str, Objects]) -
 
 
 def test_a_refusal_is_told_at_once_and_without_secrets(cloud: tuple[str, Objects]) -> None:
+    """gcsfs looks for a file in three ways; none of them is tried again."""
     root, objects = cloud
     objects.refuse = 403
     for ask in (lambda: Store().read(f"{root}/a", 0, 5), lambda: Store().create(f"{root}/a", b"x")):
         asked = len(objects.asked)
         with pytest.raises(AccessDenied, match="access denied") as told:
             ask()
-        assert KEY not in str(told.value) and len(objects.asked) - asked <= 2
+        assert KEY not in str(told.value) and len(objects.asked) - asked <= 3
 
 
 def test_public_buckets_of_google_are_asked_anonymously(cloud: tuple[str, Objects]) -> None:
@@ -106,15 +106,3 @@ def test_a_driver_that_is_missing_is_asked_for_by_its_extra(
     monkeypatch.setattr(builtins, "__import__", without)
     with pytest.raises(MissingDependency, match=rf"pip install 'img2parquet\[{extra}\]'"):
         Store().read(f"{scheme}://bucket/a")
-
-
-def test_patience_ends(cloud: tuple[str, Objects], monkeypatch: pytest.MonkeyPatch) -> None:
-    root, objects = cloud
-    monkeypatch.setattr("pipeline.storage.remote.Patience", lambda: Patience(attempts=2, backoff_s=0.01))
-    monkeypatch.setattr("pipeline.storage.faults.time.sleep", lambda _: None)
-    if root.startswith("gs"):
-        pytest.skip("gcsfs sends again by itself, and says then that it exists")
-    objects.lose = 100
-    with pytest.raises((OutcomeUnknown, AlreadyExists)):
-        Store().create(f"{root}/a", b"x")
-    assert len(objects.blobs) == 1
