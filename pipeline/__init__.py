@@ -17,6 +17,8 @@ The way of one image, a file for each step:
     supervise.py    a local driver that died is begun again; flight.py says what it was at
     session.py      what is left of a job, gathered and committed; meter.py says what held it up
     rounds.py       results of workers that may hang or be lost: watch.py looks at the clock, signals.py hears SIGTERM
+    metrics.py      how a session stands (standing.py) -> Prometheus: a page here, Ray's exporter (ray_metrics.py)
+    logs.py         what is said to stderr, as words or as JSON lines that name run and part
     finish.py       every part's footer -> rejects, manifest, totals
     driver.py       a job from start to end
     generations.py  what later runs added to an output: names, records and union; retrying.py tries rejects again

@@ -169,7 +169,11 @@ sys.exit(code)
 def test_on_ray_workers_lines_arrive_and_rays_exporter_has_the_metrics(made: Path, tmp_path: Path) -> None:
     job = write_job(made, tmp_path)
     ran = subprocess.run(
-        [sys.executable, "-c", ON_RAY, str(job)], capture_output=True, text=True, timeout=300, env={**os.environ}
+        [sys.executable, "-c", ON_RAY, str(job)],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env={**os.environ, "RAY_raylet_start_wait_time_s": "120"},
     )
     assert ran.returncode == 0, ran.stderr[-3000:]
     lines = lines_of(ran.stderr)

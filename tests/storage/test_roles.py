@@ -4,6 +4,7 @@ The server is ours and remembers who signed: moto would accept anyone."""
 
 from __future__ import annotations
 
+import logging
 import re
 import threading
 from collections.abc import Iterator
@@ -126,13 +127,17 @@ def test_a_profile_that_assumes_a_role(seen: Seen) -> None:
 
 
 @pytest.mark.parametrize("profile, signer", [("", "AKENV"), ("other", "AKOTHER")])
-def test_a_role_is_assumed_once_and_used(seen: Seen, profile: str, signer: str) -> None:
+def test_a_role_is_assumed_once_and_used(
+    seen: Seen, profile: str, signer: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.DEBUG)
     store = Store({"role_arn": ROLE, "external_id": "customer-7", **({"profile": profile} if profile else {})})
     assert {store.read("s3://bucket/key") for _ in range(3)} == {b"bytes"}
     assert seen.signers == ["AKROLE1"] * 3
     assert seen.gets[0]["x-amz-security-token"] == "token-1"
     (asked,) = seen.roles
     assert (asked["signer"], asked["RoleArn"], asked["ExternalId"]) == ([signer], [ROLE], ["customer-7"])
+    assert "PLANTED" not in caplog.text and "token-1" not in caplog.text
 
 
 def test_each_side_has_its_own(seen: Seen) -> None:
