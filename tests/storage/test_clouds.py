@@ -91,7 +91,7 @@ def test_a_driver_that_is_missing_is_asked_for_by_its_extra(
     scheme: str, extra: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     module = {"gs": "gcsfs", "az": "adlfs", "hub": "huggingface_hub"}[extra]
-    monkeypatch.setattr(sys.modules["fsspec.registry"], "_registry", {})
+    monkeypatch.delitem(sys.modules["fsspec.registry"]._registry, scheme, raising=False)
     monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(MissingDependency, match=rf"pip install 'img2parquet\[{extra}\]'"):
         Store().read(f"{scheme}://bucket/a")
