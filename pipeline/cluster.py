@@ -223,8 +223,12 @@ def pools(work: Work) -> dict[str, int]:
 
 
 def metric_sinks() -> list[Sink]:
-    """Ray's own exporter."""
-    return [RayExporter()]
+    """Ray's own exporter, where it can be had: no job fails for its metrics."""
+    try:
+        return [RayExporter()]
+    except Exception as error:
+        log.warning("no metrics through Ray's exporter: %s: %s", type(error).__name__, error)
+        return []
 
 
 def prepares_apart(work: Work) -> bool:
