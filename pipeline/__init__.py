@@ -19,6 +19,8 @@ The way of one image, a file for each step:
     rounds.py       results of workers that may hang or be lost: watch.py looks at the clock, signals.py hears SIGTERM
     pump.py         one stream of results, taken by a thread of its own; stragglers.py: when to run its end twice
     stacks.py       where threads of workers on other machines are
+    metrics.py      how a session stands (standing.py) -> Prometheus: a page here, Ray's exporter (ray_metrics.py)
+    logs.py         what is said to stderr, as words or as JSON lines that name run and part
     finish.py       every part's footer -> rejects, manifest, totals
     driver.py       a job from start to end; measure.py: a sample of one (sample.py), and what the whole would take
     generations.py  what later runs added to an output: names, records and union; retrying.py tries rejects again,

@@ -26,6 +26,7 @@ from pipeline import flight, stacks
 from pipeline.apart import Apart, ReadApart
 from pipeline.batch import Batch, Embedded, Failed, Prepared, Work, cut
 from pipeline.embed import Embedder, Preparer, keep_freed_memory
+from pipeline.logs import at_part, begin_worker
 from pipeline.meter import Idle
 from pipeline.read import Source
 from pipeline.schema import Part
@@ -55,9 +56,11 @@ class Read:
         work: Work = ray.get(self.work)
         keep_freed_memory()
         stacks.answer(job_name())
+        begin_worker(work.log_as)
         with closing(ReadApart(work)) as apart:
             for payload in table.column("payload"):
                 part: Part = pickle.loads(payload.as_buffer())
+                at_part(part.index)
                 source: Source = work.job.input if self._is_first(part) else apart
                 for batch in cut(source, part, work.batch_size, work.most_rows):
                     yield row(batch)
@@ -74,6 +77,7 @@ class Step:
 
     def __init__(self, what: str, work: ray.ObjectRef[Work] | Work) -> None:
         work = ray.get(work) if isinstance(work, ray.ObjectRef) else work
+        begin_worker(work.log_as)
         self.prepare: Callable[[Batch], Prepared] | None = None
         self.embed: Callable[[Prepared], Embedded | Failed] | None = None
         self.pool, self.idle = POOLS[what], Idle()
@@ -94,6 +98,7 @@ class Step:
         if isinstance(item, Failed):
             return item
         waited_s = self.idle.end()
+        at_part(item.part_index)
         prepared = self.prepare(item) if self.prepare else item
         result = self.embed(prepared) if self.embed else prepared
         self.idle.begin()

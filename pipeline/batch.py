@@ -20,6 +20,7 @@ import pyarrow as pa
 
 from pipeline.errors import PartFailed, StorageError
 from pipeline.job import JobSpec
+from pipeline.logs import LogAs
 from pipeline.meter import Spent, retried
 from pipeline.models import Card
 from pipeline.preprocess import PreprocessSettings
@@ -38,6 +39,7 @@ class Work:
     batch_size: int
     threads: int
     most_rows: int = 1 << 62  # of one part, where only reading can count them
+    log_as: LogAs = field(default_factory=LogAs)
 
 
 @dataclass(frozen=True)

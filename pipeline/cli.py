@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from pipeline import ask, look
+from pipeline import ask, logs, look
 from pipeline.errors import Img2ParquetError, Stopped, UserError
 from pipeline.exports import command as exports
 from pipeline.signals import Signals
@@ -31,6 +31,16 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Exit code 0 done, 1 failed, 2 misuse; 143 after SIGTERM, 130 after Ctrl-C."""
     arguments = _parser().parse_args(argv)
+    if getattr(arguments, "log_format", "text") == "json":
+        logs.use_json()
+    try:
+        return _main(argv, arguments)
+    finally:
+        if logs.is_json():
+            logs.end()
+
+
+def _main(argv: Sequence[str] | None, arguments: argparse.Namespace) -> int:
     if argv is None and getattr(arguments, "is_supervised", False) and arguments.runner == "local":
         code = supervise()
         if code is not None:
@@ -87,6 +97,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     run.add_argument("--address", help="Ray cluster to join; default: RAY_ADDRESS, or one started here")
     run.add_argument("--json", action="store_true", help="print the summary as JSON")
+    _add_watching(run)
     run.add_argument(
         "--shard", metavar="I/N", help="every N-th part from part I on: several drivers do one job, each with another I"
     )
@@ -137,6 +148,18 @@ def _add_retry(commands: Any) -> None:
     retry.add_argument("--runner", choices=["ray", "local"], default="ray", help="as of `run`")
     retry.add_argument("--address", help="as of `run`")
     retry.add_argument("--json", action="store_true", help="print the summary as JSON")
+    _add_watching(retry)
+
+
+def _add_watching(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--log-format", choices=logs.FORMATS, default="text",
+        help="json: each line of stderr is an object with the ids of run and part, workers' lines too; no live line",
+    )  # fmt: skip
+    parser.add_argument(
+        "--metrics-port", metavar="[HOST:]PORT",
+        help="Prometheus metrics at http://127.0.0.1:PORT/metrics while it runs; on Ray its own exporter has them too",
+    )  # fmt: skip
 
 
 def _run(arguments: argparse.Namespace) -> int:
@@ -176,11 +199,13 @@ def _retry(arguments: argparse.Namespace) -> int:
 
 def _watched(job: Callable[[Any], Any], arguments: argparse.Namespace, tell: Callable[[Any], None]) -> int:
     """A job with its progress on the terminal, then what came of it: as one line of JSON, or told."""
+    from pipeline.metrics import served
     from pipeline.progress import Progress
 
     progress = Progress()
     try:
-        summary = job(progress)
+        with served(arguments.metrics_port):
+            summary = job(progress)
     finally:
         progress.close()
     if arguments.json:

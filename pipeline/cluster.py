@@ -14,7 +14,7 @@ import pickle
 import threading
 import time
 import warnings
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext, suppress
 from typing import Any
 
@@ -30,8 +30,13 @@ from pipeline.batch import Embedded, Failed, Work, WorkersLost
 from pipeline.device import LANES
 from pipeline.errors import Img2ParquetError, JobFailed
 from pipeline.job import JobSpec
+from pipeline.logs import is_json, repeat
+from pipeline.metrics import Sink
 from pipeline.probe import Probe, probe
+from pipeline.ray_metrics import RayExporter
 from pipeline.schema import Part
+
+log = logging.getLogger(__name__)
 
 # Logical CPUs: an actor takes less than its core, so that reading always finds a slot. A pool that holds every CPU
 # while the read waits for one hangs for ever, without a word (seen on 2 cores).
@@ -91,7 +96,8 @@ def _init(address: str | None) -> None:
         os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     try:  # not None, which would join whatever `ray start` left on this machine
         with nullcontext() if joined else _silent_stderr():
-            ray.init(address=joined or "local", logging_level=logging.ERROR, log_to_driver=False, **own)
+            ray.init(address=joined or "local", logging_level=logging.ERROR, log_to_driver=is_json(), **own)
+            _take_workers_lines()
     except (ConnectionError, RuntimeError, ValueError) as error:
         if "version mismatch" in str(error).lower():
             raise JobFailed(
@@ -101,6 +107,24 @@ def _init(address: str | None) -> None:
         raise JobFailed(
             f"no Ray cluster at `{joined}`: {error}", hint="leave out the address to start one here"
         ) from None
+
+
+def _take_workers_lines() -> None:
+    """Workers' lines to our stderr as they are, where lines are JSON; Ray would put words before each."""
+    if not is_json():
+        return
+    try:
+        from ray._private.ray_logging import global_worker_stdstream_dispatcher as lines
+
+        lines.remove_handler("ray_print_logs")
+        lines.add_handler("img2parquet", _repeat)
+    except Exception as error:  # inner names of Ray's: then they stay in the nodes' log files, which are JSON too
+        log.warning("the workers' lines stay in Ray's log files: %s", error)
+
+
+def _repeat(data: Mapping[str, Any]) -> None:
+    if data.get("pid") != "autoscaler":  # which tells its state every few seconds
+        repeat(data.get("lines", ()))
 
 
 @contextmanager
@@ -257,6 +281,15 @@ def pools(work: Work) -> dict[str, int]:
     if not prepares_apart(work):
         return {"readers": _read_tasks(work), "workers": workers(work.job)}
     return {"readers": _read_tasks(work), "preparers": _preparers(work), "models": workers(work.job)}
+
+
+def metric_sinks() -> list[Sink]:
+    """Ray's own exporter, where it can be had: no job fails for its metrics."""
+    try:
+        return [RayExporter()]
+    except Exception as error:
+        log.warning("no metrics through Ray's exporter: %s: %s", type(error).__name__, error)
+        return []
 
 
 def prepares_apart(work: Work) -> bool:

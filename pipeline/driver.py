@@ -16,6 +16,7 @@ from pipeline.extending import begin_extension, begun_extension, describe
 from pipeline.finish import Counting, finish, finish_later, stored_totals
 from pipeline.generations import Extension, History, LaterPlan, of_generation, read_history
 from pipeline.job import JobSpec
+from pipeline.logs import of_run
 from pipeline.losses import mean_losses
 from pipeline.plan import Plan, identities, make_plan, most_rows
 from pipeline.probe import Probe
@@ -173,6 +174,7 @@ def make_work(job: JobSpec, probe: Probe, record: Mapping[str, Any]) -> Work:
         batch_size=record["batch_size"],
         threads=record["threads_per_worker"],
         most_rows=most_rows(job, probe.cards),
+        log_as=of_run(record["plan_sha256"]),
     )
 
 

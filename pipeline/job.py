@@ -23,7 +23,7 @@ from pydantic import (
 )
 
 from pipeline import decode, preprocess, shrink
-from pipeline.errors import JobError, nearest
+from pipeline.errors import InputError, JobError, nearest
 from pipeline.gpus import Device
 from pipeline.models import Card
 from pipeline.outputs import OUTPUTS, Output
@@ -31,6 +31,7 @@ from pipeline.read import SOURCES, Source
 from pipeline.read.settings import StorageOptions
 from pipeline.schema import RESERVED_COLUMNS
 from pipeline.storage import holds_secret, name_of, redact, resolve
+from pipeline.storage.remote import check_writable
 
 RESULT_VERSION = 1  # raised by hand when the same job would give other numbers
 
@@ -110,7 +111,12 @@ def _plain_uri(uri: str) -> str:
     """It is printed, and recorded: unlike an input's, an output's URI holds nothing but a name."""
     if holds_secret(uri):
         raise ValueError(f"{redact(uri)} holds a login or a signature; credentials come from the environment")
-    return resolve(uri)
+    resolved = resolve(uri)
+    try:
+        check_writable(resolved)
+    except InputError as error:
+        raise ValueError(f"{error.message}; write to {', '.join(error.known)}") from None
+    return resolved
 
 
 class OutputJob(Settings):

@@ -19,6 +19,7 @@ from pipeline.apart import Apart, ReadApart
 from pipeline.batch import Batch, Embedded, Failed, Prepared, Work, cut
 from pipeline.embed import Embedder, Preparer
 from pipeline.job import JobSpec
+from pipeline.logs import at_part
 from pipeline.meter import Idle
 from pipeline.probe import Probe, probe
 from pipeline.read import Source
@@ -93,6 +94,7 @@ class Step:
     def __call__(self, batch: Batch) -> Embedded | Failed:
         idle: Idle = self.threads.__dict__.setdefault("idle", Idle())
         waited_s = idle.end()
+        at_part(batch.part_index)
         prepared = self._prepared(batch)
         if self.pool == "preparers":
             idle.begin()
@@ -159,6 +161,7 @@ class _Reader:
             for part in self.parts:
                 source: Source = apart if suspects.reads_part(part.index) else self.work.job.input
                 slot.begin(flight.READ, part.index)
+                at_part(part.index)
                 if not all(map(self._put, cut(source, part, self.work.batch_size, self.work.most_rows))):
                     return False
                 slot.end()

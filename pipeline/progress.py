@@ -9,7 +9,7 @@ import threading
 import time
 from typing import TextIO
 
-from pipeline import flight
+from pipeline import flight, logs
 from pipeline.session import Tally
 
 PLAIN_EVERY_S = 10.0
@@ -20,7 +20,7 @@ class Progress:
 
     def __init__(self, stream: TextIO | None = None) -> None:
         self.stream = stream or sys.stderr
-        self.live = self.stream.isatty()
+        self.live = self.stream.isatty() and not logs.is_json()
         self.lock = threading.Lock()
         self.printed_at = 0.0
         self.printed_parts = -1
@@ -35,6 +35,9 @@ class Progress:
                 return
             self.printed_at, self.printed_parts = now, tally.parts_committed
             text = describe(tally)
+            if logs.is_json():
+                logs.tell(text, stream=self.stream, fields=as_fields(tally))
+                return
             self.stream.write(f"\r\x1b[2K{text}" if self.live else text + "\n")
             self.stream.flush()
 
@@ -53,6 +56,15 @@ def describe(tally: Tally) -> str:
     if left is not None:
         words.append(f"ETA {int(left) // 60}:{int(left) % 60:02d}")
     return "  ".join(words)
+
+
+def as_fields(tally: Tally) -> dict[str, object]:
+    left = eta_s(tally)
+    return {
+        "event": "progress", "parts": tally.parts, "parts_done": tally.parts_done_before + tally.parts_committed,
+        "rows_in": tally.rows_in, "rows_rejected": tally.rows_rejected,
+        "images_per_s": round(tally.images_per_s, 1), "eta_s": None if left is None else round(left),
+    }  # fmt: skip
 
 
 def eta_s(tally: Tally) -> float | None:

@@ -12,9 +12,11 @@ from __future__ import annotations
 
 import itertools
 import json
+import logging
 import secrets
 import threading
 import time
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import suppress
@@ -29,15 +31,20 @@ import pyarrow.parquet as pq
 from pipeline.batch import Embedded, Failed, Work
 from pipeline.commit import METER, Footers, Output, parse_footer
 from pipeline.errors import JobFailed, Stopped, StorageError
+from pipeline.logs import at_part
 from pipeline.meter import Meter, Spent, bottleneck, retried
+from pipeline.metrics import SINKS, Publisher
 from pipeline.plan import Plan
 from pipeline.pump import TICK_S
 from pipeline.rounds import Rounds
 from pipeline.signals import Signals
 from pipeline.slices import WHOLE, Slice
+from pipeline.standing import standing
 from pipeline.storage import Entry
 from pipeline.watch import LEFT_BEHIND, Outstanding, Watch
 from pipeline.write import EncodedPart, Gathering, encode_part
+
+log = logging.getLogger(__name__)
 
 COMMIT_THREADS = 4
 MAX_PARTS_TO_COMMIT = 8  # encoded or being encoded
@@ -84,6 +91,7 @@ class Session:
         parts, rows = own.count_of(plan)
         self.tally = Tally(output.uri, parts, parts - len(self.left), rows_planned=rows)
         self.gathering: dict[int, Gathering] = {}
+        self.last_batch = time.monotonic()
         self.heard: dict[int, float] = {}  # when the last batch of a part came that is being gathered
         self.whole: set[int] = set()  # parts given to the committing threads
         self.failed: dict[int, str] = {}
@@ -95,6 +103,9 @@ class Session:
         self.meter, self.signals, self.watch = Meter({}), Signals(), Watch(work.job.resources.stall_s)
         self.pool = ThreadPoolExecutor(COMMIT_THREADS, "img2parquet-commit")
         self.commits = set[Future[None]]()
+        # for metrics: rejects by model and reason, rows by model, seconds of each file's stages not told yet
+        self.rejects, self.rows = Counter[tuple[str, str]](), Counter[str]()
+        self.seconds: deque[tuple[str, float]] = deque(maxlen=10_000)
         self.report: dict[str, Any] = {}  # the meter as JSON values, with whose it is, at the end of the work
 
     def run(self, runner: ModuleType, signals: Signals | None = None) -> None:
@@ -107,6 +118,15 @@ class Session:
         readers = min(pools["readers"], len(self.left))
         self.meter = Meter({**pools, "readers": readers}, is_fast=self.work.job.preprocess == "fast")
         self.signals = signals or self.signals
+        with self._published(runner):
+            self._work(runner)
+        _raise_first(self.commits)
+        self.report = self._report()
+        self._leave(*self._snapshot(self.report))
+        if self.failed:
+            raise self._failure()
+
+    def _work(self, runner: ModuleType) -> None:
         try:
             with self.signals.patience():
                 for whole in self._whole_parts(runner):
@@ -118,11 +138,11 @@ class Session:
                     self._stop()
         finally:
             self.pool.shutdown(wait=not self.signals.came, cancel_futures=self.signals.came is not None)
-        _raise_first(self.commits)
-        self.report = self._report()
-        self._leave(*self._snapshot(self.report))
-        if self.failed:
-            raise self._failure()
+
+    def _published(self, runner: ModuleType) -> Publisher:
+        offered = getattr(runner, "metric_sinks", None)
+        sinks = [*SINKS, *(offered() if offered else ())]
+        return Publisher(self.work.log_as.run, sinks, lambda is_running: standing(self, is_running))
 
     # ---- what the rounds ask: rounds.Ledger ----------------------------------------------------------------------
 
@@ -190,7 +210,7 @@ class Session:
             if result.k in gathering.batches:  # of a part that is run again
                 continue
             gathering.add(result, self.work.batch_size)
-            self.heard[index] = time.monotonic()
+            self.heard[index] = self.last_batch = time.monotonic()
             self.watch.progress()
             self._count(result)
             if gathering.is_whole:
@@ -203,6 +223,7 @@ class Session:
         with self.lock:
             self.tally.rows_in += result.images
             self.tally.rows_rejected += len(_images(result))
+            self.rejects.update((model, one.reason) for model, rejects in result.rejects.items() for one in rejects)
         self.on_change(self.tally)
 
     def _make_room(self) -> None:
@@ -215,6 +236,7 @@ class Session:
     def _commit(self, gathering: Gathering) -> None:
         """Encode and create a part's file of every model that lacks it."""
         part = gathering.part
+        at_part(part.index)
         for model in self.left[part.index]:
             started = time.perf_counter()
             encoded = self._encode(model, gathering)
@@ -224,9 +246,21 @@ class Session:
                 self._keep(name, encoded)
             stored_s, what = time.perf_counter() - encoded_at, (encoded.rows, len(encoded.data))
             self.meter.add({"encode": Spent(encoded_at - started, *what), "commit": Spent(stored_s, *what)})
+            self._told(model, name, encoded, encoded_at - started, stored_s)
         with self.lock:
             self.tally.parts_committed += 1
         self.on_change(self.tally)
+
+    def _told(self, model: str, name: str, encoded: EncodedPart, encode_s: float, stored_s: float) -> None:
+        with self.lock:
+            self.rows[model] += encoded.rows
+            self.seconds.extend([("encode", encode_s), ("commit", stored_s)])
+        about = {
+            "event": "part_committed", "model": model, "file": name, "rows": encoded.rows,
+            "rejects": len(encoded.rejects), "bytes": len(encoded.data),
+            "encode_s": round(encode_s, 3), "commit_s": round(stored_s, 3),
+        }  # fmt: skip
+        log.info("%s is committed", name, extra={"fields": about})
 
     def _encode(self, model: str, gathering: Gathering) -> EncodedPart:
         identity = self.plan.identity(model)

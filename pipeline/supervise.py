@@ -22,7 +22,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from pipeline import flight
+from pipeline import flight, logs
 from pipeline.flight import Moment, Record, Suspects, Watch
 
 ACCIDENTS = {
@@ -185,4 +185,7 @@ def _gives_up(ended: _Ended) -> str:
 
 def _say(line: str) -> None:
     with suppress(OSError, ValueError):
-        print(line, file=sys.stderr, flush=True)
+        if logs.is_json():
+            logs.tell(line, level="warning")
+        else:
+            print(line, file=sys.stderr, flush=True)

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import json
+import sys
 from typing import Any, TextIO
 
+from pipeline import logs
 from pipeline.errors import printable
 
 
 def say(text: str, file: TextIO | None = None) -> None:
     """One message to a terminal. Keys, names and server's words in it are of others, and may hold escape sequences."""
+    if file is sys.stderr and logs.is_json():
+        logs.tell(text, level="error" if text.startswith(("error:", "Traceback")) else "info")
+        return
     print(printable(text), file=file)
 
 

@@ -22,6 +22,8 @@ LAYERS = [
     {"storage"},
     # what an image's first bytes say; what stages did; where models run; what threads are at
     {"headers", "meter", "device", "gpus", "flight", "stacks"},
+    {"logs", "metrics"},  # what is said of a job while it runs
+    {"tell"},
     {"read", "decode", "preprocess", "models", "outputs"},
     {"shrink"},  # how much of a JPEG the resizes can spare
     {"job"},
@@ -33,12 +35,13 @@ LAYERS = [
     {"apart", "watch", "signals", "stragglers", "slices", "extending"},
     {"pump"},
     {"rounds"},
-    {"actors"},  # what workers of a cluster do
+    {"actors", "ray_metrics"},  # what workers of a cluster do; Ray's exporter
     {"local", "cluster"},
     {"sample"},  # some images of a plan
     {"derived", "judge"},  # partitions made from others; what a truth says of a row
     # partitions made from others; what a truth says of a row; rows -> their images, small
     {"derived", "judge", "source_images", "thumbnails"},
+    {"standing"},
     {"losses", "finish", "session", "evaluate"},
     {"driver", "measure"},  # a job; a sample of one
     {"retrying"},
@@ -61,7 +64,7 @@ WITHIN = {
 HEAVY = {
     "torch": {"models", "decode", "preprocess", "outputs", "embed", "local", "probe"}
     | {"device", "graphs", "forward", "batch_size", "gpus", "embed_images"},
-    "ray": {"cluster", "actors", "submit"},
+    "ray": {"cluster", "actors", "ray_metrics", "submit"},
     "PIL": {"decode", "preprocess", "models", "outputs", "report", "exports", "thumbnails", "judge"},
     "simplejpeg": {"decode"},
     "pyarrow": {"schema", "storage", "read", "outputs", "plan", "batch", "embed", "write", "commit", "cluster"}

@@ -18,16 +18,20 @@ def fetch_in_order(
     fetch: Callable[[Item], Result],
     threads: int,
     size_of: Callable[[Item], int] = lambda item: 0,
+    at_most: int = 0,
 ) -> Iterator[tuple[Item, Result]]:
     """Each item with what `fetch` returned for it, in the items' order; the first exception ends it.
 
-    At most 2 x `threads` results wait, and no more than IN_FLIGHT_BYTES by what `size_of` expects."""
+    At most 2 x `threads` results wait, or `at_most` where it is given, and no more than IN_FLIGHT_BYTES by what
+    `size_of` expects."""
     waiting: deque[tuple[Item, Future[Result]]] = deque()
     in_flight_bytes = 0
     pool = ThreadPoolExecutor(threads, thread_name_prefix="read")
     try:
         for item in items:
-            while waiting and (len(waiting) >= 2 * threads or in_flight_bytes + size_of(item) > IN_FLIGHT_BYTES):
+            while waiting and (
+                len(waiting) >= (at_most or 2 * threads) or in_flight_bytes + size_of(item) > IN_FLIGHT_BYTES
+            ):
                 first, future = waiting.popleft()
                 in_flight_bytes -= size_of(first)
                 yield first, future.result()
@@ -36,17 +40,5 @@ def fetch_in_order(
         while waiting:
             first, future = waiting.popleft()
             yield first, future.result()
-    finally:
-        pool.shutdown(wait=False, cancel_futures=True)
-
-
-def read_ahead(chunks: Iterator[bytes]) -> Iterator[bytes]:
-    """The same chunks, the next one always under way: a store's answer does not wait for what is done with the last."""
-    pool = ThreadPoolExecutor(1, thread_name_prefix="read")
-    try:
-        future = pool.submit(next, chunks, None)
-        while (chunk := future.result()) is not None:
-            future = pool.submit(next, chunks, None)
-            yield chunk
     finally:
         pool.shutdown(wait=False, cancel_futures=True)

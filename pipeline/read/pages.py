@@ -40,14 +40,18 @@ class GuardedFile(io.RawIOBase):
         """Looks out for the pages of a row group; the bytes of the largest dictionary among these columns.
 
         Raises OversizedPage for a dictionary, ValueError for a footer without that group."""
+        chunks = self.chunks(group)
+        self.pages = {chunk.start: chunk.stop for chunk in chunks}
+        firsts = (self._page_at(chunks[i].start) for i in columns if i < len(chunks))
+        return max((page.unpacked for page in firsts if page.kind == DICTIONARY_PAGE), default=0)
+
+    def chunks(self, group: int) -> list[Chunk]:
+        """Of every column of a row group. Raises ValueError for a footer without that group."""
         if self.groups is None:
             self.groups = _chunks(self.file)
         if group >= len(self.groups):
             raise ValueError(f"the footer holds no row group {group}")
-        chunks = self.groups[group]
-        self.pages = {chunk.start: chunk.stop for chunk in chunks}
-        firsts = (self._page_at(chunks[i].start) for i in columns if i < len(chunks))
-        return max((page.unpacked for page in firsts if page.kind == DICTIONARY_PAGE), default=0)
+        return self.groups[group]
 
     def readable(self) -> bool:
         return True

@@ -19,11 +19,13 @@ from pydantic import Field
 
 from pipeline.errors import InputError
 from pipeline.read import PartLimits
+from pipeline.read.fetch import fetch_in_order
 from pipeline.read.keep import convert_all, to_valid_text
 from pipeline.read.pack import pack
 from pipeline.read.row_groups import (
     BrokenRows,
     Footer,
+    GuardedParquet,
     check_same_fields,
     find_column,
     is_text,
@@ -70,10 +72,12 @@ class ParquetRows(SourceSettings):
     def read(self, part: Part) -> Iterator[Row | Reject]:
         """Every row of a part, in order. Raises PartFailed."""
         rows: Iterator[int] = itertools.count()
-        for passed_over, piece in _to_read(part):
+        pieces = list(_to_read(part))
+        opened = fetch_in_order([piece for _, piece in pieces], self._open, threads=1, at_most=2)
+        for passed_over, piece in pieces:
             rows = itertools.islice(rows, passed_over, None)
             with part_fails(piece.uri):
-                for item in self._read_piece(piece):
+                for item in self._read_piece(piece, next(opened)[1]):
                     yield from _numbered(item, piece.uri, rows)
 
     def passthrough(self) -> pa.Schema:
@@ -121,11 +125,13 @@ class ParquetRows(SourceSettings):
             if not is_text(key_type) and not pa.types.is_integer(key_type):
                 raise InputError(f"{redact(uri)}: the key column `{self.key}` is {key_type}; expected text or integers")
 
-    def _read_piece(self, piece: Piece) -> Iterator[Found | Fault]:
+    def _open(self, piece: Piece) -> GuardedParquet:
+        """A piece's file, while the one before it is read. Raises PartFailed, StorageError, InputError."""
+        return open_parquet(self.store.open(piece.uri, expect=entry_of_slice(self.store, piece)), piece.uri)
+
+    def _read_piece(self, piece: Piece, parquet: GuardedParquet) -> Iterator[Found | Fault]:
         columns = list(dict.fromkeys([self.image, *([self.key] if self.key else []), *(c.name for c in self.kept)]))
-        entry = entry_of_slice(self.store, piece)
-        with self.store.open(piece.uri, expect=entry) as file:
-            parquet = open_parquet(file, piece.uri)
+        with parquet.guard.file:
             for item in read_rows(parquet, piece.start, piece.stop or parquet.metadata.num_rows, columns):
                 if isinstance(item, BrokenRows):
                     yield from (("shard_damaged", item.message, f"row {row}") for row in range(item.first, item.stop))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, BinaryIO
@@ -19,6 +19,7 @@ from pipeline.read.keep import Kept, to_valid_text
 from pipeline.read.pages import GuardedFile
 from pipeline.schema import Piece
 from pipeline.storage import Entry, Store, redact
+from pipeline.storage.pinned import announce
 
 FOOTERS_AT_ONCE = 16
 BUFFER_BYTES = 1 << 20
@@ -72,10 +73,22 @@ class GuardedParquet(pq.ParquetFile):  # type: ignore[misc]
         self.guard = GuardedFile(file)
         super().__init__(self.guard, pre_buffer=False, buffer_size=BUFFER_BYTES)
 
+    def announce(self, start: int, stop: int, columns: Sequence[str]) -> None:
+        """Rows [start, stop) of these columns will be read: a remote file's next blocks are then always under way."""
+        ends = [0, *itertools.accumulate(self.metadata.row_group(i).num_rows for i in range(self.num_row_groups))]
+        wanted = [i for i in range(self.num_row_groups) if ends[i] < stop and ends[i + 1] > start]
+        with suppress(*UNREADABLE):  # of a damaged footer; who reads the group will say so
+            chunks = [self.guard.chunks(group) for group in wanted]
+            leaves = self._leaves(columns)
+            announce(self.guard.file, [[(of[i].start, of[i].stop) for of in chunks if i < len(of)] for i in leaves])
+
+    def _leaves(self, columns: Sequence[str]) -> list[int]:
+        leaves = [self.schema.column(i).path.split(".")[0] for i in range(len(self.schema))]
+        return [i for i, name in enumerate(leaves) if name in columns]
+
     def watch(self, group: int, columns: Sequence[str]) -> int:
         """Before a row group's columns are read; the bytes that a dictionary may give each of its rows."""
-        leaves = [self.schema.column(i).path.split(".")[0] for i in range(len(self.schema))]
-        return self.guard.watch(group, [i for i, name in enumerate(leaves) if name in columns])
+        return self.guard.watch(group, self._leaves(columns))
 
 
 def open_parquet(file: BinaryIO, uri: str) -> GuardedParquet:
@@ -116,6 +129,7 @@ def read_rows(
     """Rows [start, stop) of a file as (number of the first row, batch), in bounded memory; what is damaged in a row
     group costs the rest of that group."""
     first = 0
+    parquet.announce(start, stop, columns)
     for group in range(parquet.num_row_groups):
         rows = parquet.metadata.row_group(group).num_rows
         low, high = max(start, first), min(stop, first + rows)

@@ -12,6 +12,7 @@ import logging
 from collections import deque
 from collections.abc import Callable, Collection, Container, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Literal
@@ -20,8 +21,8 @@ import pyarrow as pa
 from pydantic import Field, field_validator
 
 from pipeline.read import PartLimits
+from pipeline.read.ahead import Ahead
 from pipeline.read.byte_source import ByteSource, ChunkBytes, RangedBytes
-from pipeline.read.fetch import read_ahead
 from pipeline.read.gzip import MAGIC as GZIP_MAGIC
 from pipeline.read.gzip import GzipBytes
 from pipeline.read.keep import Kept
@@ -100,19 +101,23 @@ class WebDataset(SourceSettings):
 
     def read(self, part: Part) -> Iterator[Row | Reject]:
         """Every image of a part, and every fault, in the order of the bytes. Raises PartFailed."""
-        rows = itertools.count()
-        for piece in part.pieces:
-            with part_fails(piece.uri):
-                if part.only is None:
-                    yield from self._read_piece(piece, rows)
-                else:
+        if part.only is not None:
+            for piece in part.pieces:
+                with part_fails(piece.uri):
                     yield from self._read_some(piece, [w for w in part.only if _is_in(w, piece)])
+            return
+        rows = itertools.count()
+        with closing(Ahead(self.store, part.pieces)) as ahead:
+            for i, piece in enumerate(part.pieces):
+                with part_fails(piece.uri):
+                    yield from self._read_piece(ahead, i, rows)
 
     def passthrough(self) -> pa.Schema:
         return pa.schema([_typed(column).field() for column in self.kept])
 
-    def _read_piece(self, piece: Piece, rows: Iterator[int]) -> Iterator[Row | Reject]:
-        source, is_tail = _open(self.store, piece)
+    def _read_piece(self, ahead: Ahead, i: int, rows: Iterator[int]) -> Iterator[Row | Reject]:
+        piece = ahead.pieces[i]
+        source, is_tail = _open(ahead, i)
         sampler, is_damaged = self._sampler(), False
         archive = Archive(source, sampler.is_wanted, self.max_member_bytes)
         for sample in sampler.samples(archive):
@@ -143,7 +148,8 @@ class WebDataset(SourceSettings):
         source = _open_ranges(self.store, piece)
         if source is not None:
             yield Archive(source, _Near(keys, is_wanted), self.max_member_bytes)
-        yield Archive(_open(self.store, piece)[0], is_wanted, self.max_member_bytes)
+        with closing(Ahead(self.store, [piece])) as ahead:
+            yield Archive(_open(ahead, 0)[0], is_wanted, self.max_member_bytes)
 
     def _sampler(self) -> Sampler:
         return Sampler(self.image, tuple(map(_typed, self.kept)), self.max_member_bytes)
@@ -198,14 +204,14 @@ def _chunks(pieces: Iterable[Piece], count: int) -> Iterator[tuple[Piece, ...]]:
         yield chunk
 
 
-def _open(store: Store, piece: Piece) -> tuple[ByteSource, bool]:
+def _open(ahead: Ahead, i: int) -> tuple[ByteSource, bool]:
     """A piece's bytes, decompressed where they begin as gzip does, and whether they reach the end of the file."""
+    piece, chunks = ahead.pieces[i], ahead.chunks(i)
     if piece.stop is not None:
-        entry = entry_of_slice(store, piece, piece.stop)
-        chunks = read_ahead(store.stream(piece.uri, piece.start, piece.stop, expect=entry))
-        return ChunkBytes(chunks, piece.start, piece.stop), piece.stop == entry.size_bytes
-    chunks = read_ahead(store.stream(piece.uri, expect=entry_of_whole(piece)))
-    first = next(chunks, b"") or store.read(piece.uri, expect=entry_of_whole(piece))  # an empty file may have grown
+        return ChunkBytes(chunks, piece.start, piece.stop), piece.stop == ahead.entry(i).size_bytes
+    first = next(chunks, b"") or ahead.store.read(
+        piece.uri, expect=entry_of_whole(piece)
+    )  # an empty file may have grown
     chunks = itertools.chain([first], chunks)
     if first.startswith(GZIP_MAGIC):
         return GzipBytes(chunks), True

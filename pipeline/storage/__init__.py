@@ -51,8 +51,9 @@ ALLOW_PRIVATE = "allow_private_addresses"
 
 @dataclass(frozen=True)
 class Store:
-    """Access to every URI scheme. Options of S3 are `endpoint_url`, `profile`, `region`, `anon`, `requester_pays` and
-    the other fields of S3Options; those of another driver are a mapping under its scheme: `{"gs": {"project": "x"}}`.
+    """Access to every URI scheme. Options of S3 are `endpoint_url`, `profile`, `role_arn`, `region`, `anon`,
+    `requester_pays` and the other fields of S3Options; those of another driver are a mapping under its scheme:
+    `{"gs": {"project": "x"}}`.
     Never credentials: those come from the environment's provider chain on each worker.
 
     `given`: what a job's own URIs hold beyond their names. URIs are names then, and what else is asked for was named
@@ -73,6 +74,7 @@ class Store:
             wanted = S3_OPTIONS[name]
             if not isinstance(value, (int, float) if wanted is float else wanted):
                 raise InputError(f"storage option `{name}`: not of type {wanted.__name__}: `{value}`")
+        _check_who_asks(self.options)
 
     def expand(self, uris: Sequence[str]) -> list[Entry]:
         """Braces (`{000..127}`, `{a,b}`) and globs to the files they name, sorted by URI, each once.
@@ -303,6 +305,18 @@ def _files_there(folder: str, siblings: Sequence[str]) -> str:
     if not siblings:
         return f"there are no files in {redact(folder)}"
     return f"{redact(folder)} holds {', '.join(redact(uri[len(folder) :]) for uri in siblings[:3])} ..."
+
+
+def _check_who_asks(options: Mapping[str, object]) -> None:
+    """Raises InputError where the options of S3 name two who ask, or a role that is none."""
+    role = str(options.get("role_arn", ""))
+    if role and not re.fullmatch(r"arn:[\w-]+:iam::\d*:role/.+", role):
+        raise InputError(f"storage option `role_arn`: `{role}`; expected arn:aws:iam::123456789012:role/name")
+    if options.get("external_id") and not role:
+        raise InputError("storage option `external_id` without `role_arn`: it is part of asking for a role")
+    named = next((name for name in ("role_arn", "profile") if options.get(name)), "")
+    if options.get("anon") and named:
+        raise InputError(f"storage options `anon` and `{named}`: a bucket is asked by nobody, or by somebody")
 
 
 def _unknown_option(name: str) -> InputError:

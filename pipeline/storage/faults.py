@@ -38,6 +38,7 @@ NO_CREDENTIALS = {
     "UnauthorizedSSOTokenError": "run `aws sso login`",
     "SSOTokenLoadError": "run `aws sso login`",
     "TokenRetrievalError": "run `aws sso login`",
+    "LocalTokenNotFoundError": "set HF_TOKEN, or log in: `hf auth login`",
     "DefaultCredentialsError": "log in: `gcloud auth application-default login`",
     "ClientAuthenticationError": "log in: `az login`",
 }
@@ -52,8 +53,8 @@ DENIED = {
 NO_SENSE = {"InvalidBucketName", "ParamValidationError", "InvalidURL", "InvalidUrlClientError", "NonHttpUrlClientError"}
 TELLING = {*UNREACHABLE, *NO_CREDENTIALS, *NO_SENSE}  # classes that say more than what lies below them
 DRIVERS = (
-    "aiobotocore", "aiohttp", "adlfs", "azure", "boto", "botocore", "fsspec", "gcsfs", "google", "http", "requests",
-    "s3fs", "ssl", "urllib3",
+    "aiobotocore", "aiohttp", "adlfs", "azure", "boto", "botocore", "fsspec", "gcsfs", "google", "http",
+    "huggingface_hub", "requests", "s3fs", "ssl", "urllib3",
 )  # fmt: skip
 
 
@@ -185,10 +186,14 @@ def fault_of(error: BaseException) -> Fault:
             said = response.get("Error", {})
             status = int(response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
             return Fault(status, str(said.get("Code", status)), str(said.get("Message", "")))
+    if any(isinstance(link, FileExistsError) for link in chain):
+        return Fault(412, "FileExistsError", "")  # adlfs, of Azure's 409 BlobAlreadyExists; gcsfs, of 412
     for link in chain:
         if status := _http_status(link):
             return Fault(status, type(link).__name__, str(getattr(link, "message", "")))
     root = [link for link in chain if _is_drivers(link)][-1]
+    if str(root).startswith("Forbidden: "):  # all that gcsfs tells of a 403
+        return Fault(403, "Forbidden", str(root).partition("\n")[2])
     telling = (name for link in chain for name in _class_names(link) if name in TELLING)
     return Fault(_builtin_status(root), next(telling, type(root).__name__), str(root))
 

@@ -1,8 +1,9 @@
-"""Every other scheme that fsspec has a driver for: http, gs, az, hdfs, sftp, memory ...
+"""Every other scheme that fsspec has a driver for: http, gs, az, hf, hdfs, sftp, memory ...
 
 * Reading works with any driver. What it returns is counted: fsspec's http asks for a range and takes a whole body
   for it where the server ignores ranges.
-* Writing works where the driver uploads an object whole or not at all (`WHOLE_PUT`); the others would show half a file.
+* Writing works where the driver uploads an object whole or not at all (`WHOLE_PUT`), if nothing has its name: Google's
+  `ifGenerationMatch=0`, Azure's `If-None-Match: *`. The others would show half a file, or write over a whole one.
 * Not every store gives an etag; then only the size is held against the plan.
 * URIs are names here (`given.py`): what opens them is put back where a driver is asked, and nowhere else.
 * http goes through a client of our own (`web.py`).
@@ -34,8 +35,24 @@ from pipeline.storage.pinned import FILE_BUFFER_BYTES, PinnedFile
 
 T = TypeVar("T")
 
-WHOLE_PUT = ("memory", "gs", "gcs", "az", "abfs", "abfss")
-ETAGS = ("ETag", "etag", "md5Hash", "checksum", "generation", "mtime", "modified", "created", "updated", "LastModified")
+GOOGLE, AZURE = ("gs", "gcs"), ("az", "abfs", "abfss")
+WHOLE_PUT = ("memory", *GOOGLE, *AZURE)
+HUB = ("huggingface_hub", "httpx")
+EXTRAS = {**dict.fromkeys(GOOGLE, "gs"), **dict.fromkeys(AZURE, "az"), "hf": "hub"}  # ours, for who lacks a driver
+ONE_REQUEST_BYTES = 1 << 31  # gcsfs cuts an upload into several requests from 50 MiB on unless told otherwise
+ETAGS = (
+    "ETag",
+    "etag",
+    "md5Hash",
+    "checksum",
+    "generation",
+    "mtime",
+    "modified",
+    "created",
+    "updated",
+    "LastModified",
+    "blob_id",
+)
 SIGN_AGAIN = "get a new URL or login, then run the same command again: what is done stays, and parts keep their ids"
 _FILESYSTEMS: dict[tuple[object, ...], Any] = {}
 
@@ -66,11 +83,13 @@ class Remote:
     def scan(self, prefix: str, *, deep: bool) -> Iterator[Entry]:
         folder = prefix.rpartition("/")[0] + "/"
         root = self._path(folder)
-        found: dict[str, Any] = self._do(
+        found: Any = self._do(
             folder,
             lambda filesystem: filesystem.find(root, maxdepth=None if deep else 1, detail=True),
             lambda fault: {} if fault.status == 404 else self._refuse(fault, folder),
         )
+        if not isinstance(found, dict):
+            return  # adlfs gives a list where nothing lies below, or the name is a file's
         for name, info in found.items():
             uri = folder + name[len(root.rstrip("/")) :].lstrip("/")
             # fsspec's find shows a file as what lies below itself
@@ -102,14 +121,13 @@ class Remote:
         return io.BufferedReader(PinnedFile(self.read, expect or self.stat(uri)), FILE_BUFFER_BYTES)
 
     def create(self, uri: str, data: bytes) -> None:
-        if self.scheme not in WHOLE_PUT:
-            raise InputError(
-                f"{redact(uri)}: cannot be written to in one atomic step",
-                known=("a folder", "s3://", *(f"{scheme}://" for scheme in WHOLE_PUT)),
-            )
+        check_writable(uri)
+        how: dict[str, object] = {"mode": "create"}
+        if self.scheme in GOOGLE:
+            how["chunksize"] = ONE_REQUEST_BYTES
         self._do(
             uri,
-            lambda filesystem: filesystem.pipe_file(self._path(uri), data, mode="create"),
+            lambda filesystem: filesystem.pipe_file(self._path(uri), data, **how),
             lambda fault: self._not_created(fault, uri),
             again=lambda fault: fault.is_undone,
         )
@@ -173,7 +191,9 @@ class Remote:
     def _make_filesystem(self, settings: dict[str, object], origins: frozenset[str] | None) -> Any:
         import fsspec
 
-        hush("fsspec", "aiohttp", "urllib3", "gcsfs", "adlfs", "azure", "google", "paramiko", "webhdfs")
+        hush("fsspec", "aiohttp", "urllib3", "gcsfs", "adlfs", "azure", "google", "paramiko", "webhdfs", *HUB)
+        if self.scheme in GOOGLE and settings.pop("anon", False):
+            settings["token"] = "anon"  # gcsfs' word for a public bucket, where other stores say `anon`
         if self.scheme not in WEB:
             return fsspec.filesystem(self.scheme, **settings)
         from pipeline.storage import web
@@ -200,6 +220,18 @@ class Remote:
         raise OutcomeUnknown(error_of(fault, uri).message + "; whether it was created is not known")
 
 
+def check_writable(uri: str) -> None:
+    """Raises InputError for a store that only reads, or writes in ways that would show half a part."""
+    scheme = scheme_of(uri)
+    if scheme in ("", "s3", *WHOLE_PUT):
+        return
+    why = "is read-only here" if scheme in (*WEB, "hf") else "cannot be written to in one atomic step"
+    raise InputError(
+        f"{redact(uri)}: {scheme}:// {why}, so it can be an input, not an output",
+        known=("a folder", "s3://", *(f"{scheme}://" for scheme in WHOLE_PUT if scheme != "memory")),
+    )
+
+
 def _entry(uri: str, info: Mapping[str, Any]) -> Entry:
     version = next((info[name] for name in ETAGS if info.get(name)), "")
     # a listing and a look may give the same moment as a number and as a datetime
@@ -219,6 +251,8 @@ def _driver(scheme: str) -> Any:
     except ImportError as error:
         package = known_implementations[scheme]["class"].partition(".")[0]
         hint = f"pip install {package}" if package != "fsspec" else f"pip install 'fsspec[{scheme}]'"
+        if scheme in EXTRAS:
+            hint = f"pip install 'img2parquet[{EXTRAS[scheme]}]'"
         raise MissingDependency(f"`{scheme}://` needs a driver that is not installed ({error})", hint=hint) from None
 
 

@@ -6,6 +6,7 @@ import asyncio
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from pipeline.storage.entry import hush
@@ -16,6 +17,7 @@ ENVIRONMENT = (
     "AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_PROFILE", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY",
     "AWS_SESSION_TOKEN", "AWS_REGION", "AWS_DEFAULT_REGION", "AWS_CONFIG_FILE", "AWS_SHARED_CREDENTIALS_FILE",
     "AWS_CA_BUNDLE", "AWS_REQUEST_CHECKSUM_CALCULATION", "AWS_RESPONSE_CHECKSUM_VALIDATION",
+    "AWS_ROLE_ARN", "AWS_WEB_IDENTITY_TOKEN_FILE", "AWS_ENDPOINT_URL_STS",
 )  # fmt: skip
 _CLIENTS: dict[tuple[object, ...], Any] = {}
 
@@ -29,6 +31,8 @@ class S3Options:
     region: str = ""
     anon: bool = False
     requester_pays: bool = False
+    role_arn: str = ""  # a role to assume with the environment's credentials, or the profile's; renewed by itself
+    external_id: str = ""  # what the role's owner may ask for
     addressing_style: str = ""  # path | virtual; by default `path` where an endpoint is given
     connect_timeout_s: float = 5.0
     read_timeout_s: float = 30.0
@@ -81,6 +85,7 @@ def _make_client(options: S3Options) -> Any:
     import s3fs
 
     hush("botocore", "aiobotocore", "s3fs", "fsspec", "urllib3", "aiohttp")
+    session = _session(options)
     style = options.addressing_style or ("path" if options.endpoint and not _is_virtual(options.endpoint) else "auto")
     client = s3fs.S3FileSystem(
         anon=options.anon,
@@ -96,10 +101,36 @@ def _make_client(options: S3Options) -> Any:
         },
         use_listings_cache=False,
         skip_instance_cache=True,
-        **({"profile": options.profile} if options.profile else {}),
+        session=session,
     )
     client.retries = 1
     return client
+
+
+def _session(options: S3Options) -> Any:
+    """botocore's chain of credentials (environment, profile, web identity, instance), and the role upon it."""
+    from aiobotocore.credentials import AioAssumeRoleCredentialFetcher, AioDeferredRefreshableCredentials
+    from aiobotocore.session import AioSession
+    from botocore.exceptions import NoCredentialsError
+
+    session = AioSession(profile=options.profile or None)
+    if not options.role_arn or options.anon:
+        return session
+
+    async def assume() -> Any:
+        source = await AioSession(profile=options.profile or None).get_credentials()
+        if source is None:
+            raise NoCredentialsError
+        asked = {
+            "RoleSessionName": "img2parquet",
+            **({"ExternalId": options.external_id} if options.external_id else {}),
+        }
+        region = {"region_name": options.region} if options.region else {}
+        make_client = partial(AioSession(profile=options.profile or None).create_client, **region)
+        return await AioAssumeRoleCredentialFetcher(make_client, source, options.role_arn, asked).fetch_credentials()
+
+    session._credentials = AioDeferredRefreshableCredentials(refresh_using=assume, method="assume-role")
+    return session
 
 
 def _is_virtual(endpoint: str) -> bool:

@@ -22,6 +22,7 @@ from pipeline.cli import main
 from pipeline.commit import Output
 from pipeline.errors import JobError
 from pipeline.job import parse_job
+from pipeline.metrics import Page
 from pipeline.storage import Store, names_in
 from pipeline.storage.entry import redact_text
 from tests.security.servers import Answer, Web, web
@@ -212,6 +213,27 @@ def test_a_model_that_is_not_there_tells_none(site: Web, made: Path, tmp_path: P
         assert main(["run", str(job), "--runner", "local", "--set", f"models.0.model={model}"]) != 0
     said = capfd.readouterr()
     assert_nothing_leaked(tmp_path, (said.out + said.err + caplog.text).encode())
+
+
+def test_lines_and_metrics_for_machines_tell_none_either(
+    site: Web, made: Path, tmp_path: Path, capfd: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a job that reads by signed URLs, one of which leads nowhere."""
+    pages: list[Page] = []
+
+    def page() -> Page:
+        pages.append(Page())
+        return pages[-1]
+
+    monkeypatch.setattr("pipeline.metrics.Page", page)
+    (tmp_path / "list.csv").write_text(f"uri\n{signed(site, 'a.jpg')}\n{signed(site, 'none.jpg')}\n")
+    job = write_job(tmp_path, made, kind="table", uris=[str(tmp_path / "list.csv")],
+                    storage_options={"http": {"allow_private_addresses": True}})  # fmt: skip
+    assert main(["run", str(job), "--runner", "local", "--log-format", "json", "--metrics-port", "0"]) == 0
+    assert main(["run", str(job) + "-none", "--log-format", "json", "--set", f"a.b={signed(site, 'a')}"]) == 2
+    said = capfd.readouterr()
+    assert "part_committed" in said.err and "not_found" in pages[0].text()
+    assert_nothing_leaked(tmp_path, (said.out + said.err + pages[0].text()).encode())
 
 
 def test_our_own_mistakes_tell_none(made: Path, tmp_path: Path, capfd: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,5 @@
-"""Every kind of store is asked the same questions: a disk, memory://, S3 (moto) and, marked `realstore`, Ceph RGW."""
+"""Every kind of store is asked the same questions: a disk, memory://, S3 (moto), gs:// and az:// (the real drivers
+before small servers of ours) and, marked `realstore`, Ceph RGW."""
 
 from __future__ import annotations
 
@@ -6,7 +7,7 @@ import io
 import pickle
 import threading
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import replace
 from multiprocessing import get_context
@@ -19,6 +20,7 @@ import pytest
 
 from pipeline.errors import AlreadyExists, InputError, NotFound, StorageError
 from pipeline.storage import Entry, Store, join
+from tests.storage.clouds import azure, connection_string, google
 
 DATA = bytes(range(256)) * 40
 ODD_NAMES = [
@@ -33,13 +35,25 @@ ODD_NAMES = [
 ]
 
 
-@pytest.fixture(params=["disk", "memory", "s3", pytest.param("rgw", marks=pytest.mark.realstore)])
+@pytest.fixture(scope="module")
+def clouds() -> Iterator[dict[str, str]]:
+    """What gcsfs and adlfs read from the environment."""
+    with google() as gs, azure() as az:
+        yield {"STORAGE_EMULATOR_HOST": gs.url, "AZURE_STORAGE_CONNECTION_STRING": connection_string(az.url)}
+
+
+@pytest.fixture(params=["disk", "memory", "s3", "gs", "az", pytest.param("rgw", marks=pytest.mark.realstore)])
 def root(request: pytest.FixtureRequest) -> str:
     """An empty folder or prefix."""
     if request.param == "disk":
         return str(request.getfixturevalue("tmp_path") / "root")
     if request.param == "memory":
         return f"memory://test-{uuid.uuid4().hex[:8]}/root"
+    if request.param in ("gs", "az"):
+        patch: pytest.MonkeyPatch = request.getfixturevalue("monkeypatch")
+        for name, value in request.getfixturevalue("clouds").items():
+            patch.setenv(name, value)
+        return f"{request.param}://test-{uuid.uuid4().hex[:8]}/root"
     bucket: str = request.getfixturevalue({"s3": "s3_bucket", "rgw": "realstore_bucket"}[request.param])
     return f"{bucket}/root"
 
