@@ -10,6 +10,7 @@ import ray
 
 from pipeline import cluster
 from pipeline.batch import Work
+from pipeline.errors import JobFailed
 from pipeline.plan import make_plan
 from pipeline.probe import probe
 from pipeline.schema import Part, Piece
@@ -23,6 +24,16 @@ def two_cpus() -> Iterator[None]:
     ray.init(address="local", num_cpus=2, include_dashboard=False, logging_level="ERROR", log_to_driver=False)
     yield
     ray.shutdown()
+
+
+def test_a_machine_too_busy_for_ray_to_start_is_told_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    def too_late(**how: object) -> None:
+        raise Exception("The current node timed out during startup.")  # as Ray does
+
+    monkeypatch.setattr(ray, "init", too_late)
+    with pytest.raises(JobFailed, match=r"^Ray did not start: The current node timed out") as told:
+        cluster._init(None)
+    assert "--runner local" in str(told.value.hint)
 
 
 def parts(*sizes_bytes: int, rows: int | None = None) -> list[Part]:
