@@ -27,7 +27,7 @@ from tests.late import before_each_batch
 from tests.small import job_dict, make_checkpoint, make_shards
 
 SHARDS, PER_SHARD = 40, 6
-pytestmark = pytest.mark.timeout(300)
+pytestmark = pytest.mark.timeout(600)  # Ray starts twice, on a machine however busy
 
 
 @pytest.fixture(scope="module")
