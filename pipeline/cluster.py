@@ -107,6 +107,11 @@ def _init(address: str | None) -> None:
         raise JobFailed(
             f"no Ray cluster at `{joined}`: {error}", hint="leave out the address to start one here"
         ) from None
+    except Exception as error:  # no class of its own: Ray's processes are not up within the 30 s that it gives them
+        raise JobFailed(
+            f"Ray did not start: {' '.join(str(error).split())}",
+            hint="run the same command again when this machine is less busy, or with `--runner local`",
+        ) from None
 
 
 def _take_workers_lines() -> None:

@@ -26,6 +26,16 @@ def two_cpus() -> Iterator[None]:
     ray.shutdown()
 
 
+def test_a_machine_too_busy_for_ray_to_start_is_told_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    def too_late(**how: object) -> None:
+        raise Exception("The current node timed out during startup.")  # as Ray does
+
+    monkeypatch.setattr(ray, "init", too_late)
+    with pytest.raises(JobFailed, match=r"^Ray did not start: The current node timed out") as told:
+        cluster._init(None)
+    assert "--runner local" in str(told.value.hint)
+
+
 def parts(*sizes_bytes: int, rows: int | None = None) -> list[Part]:
     return [Part(index, (Piece(f"{index}.tar", size, "etag", rows=rows),)) for index, size in enumerate(sizes_bytes)]
 

@@ -27,7 +27,7 @@ from tests.late import before_each_batch
 from tests.small import job_dict, make_checkpoint, make_shards
 
 SHARDS, PER_SHARD = 40, 6
-pytestmark = pytest.mark.timeout(300)
+pytestmark = pytest.mark.timeout(600)  # Ray starts twice, on a machine however busy
 
 
 @pytest.fixture(scope="module")
@@ -69,10 +69,14 @@ def check_whole(made: Path, folder: Path) -> None:
     assert ours == quiet
 
 
-def torment(made: Path, folder: Path, runner: str, number: signal.Signals, times: int, seed: int) -> int:
-    """How many signals hit a driver at work."""
+def torment(
+    made: Path, folder: Path, runner: str, number: signal.Signals, times: int, seed: int, enough: int | None = None
+) -> int:
+    """How many of `times` signals hit a driver at work; no more are sent where `enough` have."""
     rng, hits = random.Random(seed), 0
     for _ in range(times):
+        if hits == enough:
+            break
         process = start(made, folder, runner)
         wait_for_parts(process, folder, parts(folder) + rng.randint(1, 4))
         time.sleep(rng.random() * 0.05)
@@ -107,7 +111,7 @@ def test_ctrl_c_and_a_resume(made: Path, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_sigterm_to_a_ray_driver(made: Path, tmp_path: Path) -> None:
-    assert torment(made, tmp_path, "ray", signal.SIGTERM, times=2, seed=2) >= 1
+    assert torment(made, tmp_path, "ray", signal.SIGTERM, times=3, seed=2, enough=1) == 1
 
 
 SLEEP_ONCE = """
