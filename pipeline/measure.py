@@ -211,7 +211,7 @@ def _measurement(work: Work, plan: Plan, sample: Sample, taken: _Taken, startup_
     busy_s = {stage: measured.stages[stage].seconds / taken.images for stage in STAGES}  # of one image
     cpu_s = sum(busy_s[stage] for stage in STAGES if stage != "embed")
     rows, is_estimated = count_rows(plan.parts, sample.seen)
-    sampled = len(sample.originals)
+    sampled, is_auto = len(sample.originals), work.job.resources.batch_size == "auto"  # found already
     shares = f"{sampled} of {len(plan.parts)} parts"
     return Measurement(
         images=taken.images,
@@ -229,7 +229,7 @@ def _measurement(work: Work, plan: Plan, sample: Sample, taken: _Taken, startup_
         cpu_images_per_s=1 / max(cpu_s, 1e-9),
         cpus_per_gpu=max(1, math.ceil(cpu_s / max(busy_s["embed"], 1e-9))) if on_gpu else None,
         batch_size=work.batch_size,
-        batch_size_auto=auto_batch_size(work.job, work.cards, work.dtype, work.device),
+        batch_size_auto=work.batch_size if is_auto else auto_batch_size(work.job, work.cards, work.dtype, work.device),
         dtype=work.dtype,
         device=work.device,
         rows=rows,
