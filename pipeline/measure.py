@@ -22,7 +22,6 @@ from dataclasses import dataclass
 from pipeline import local
 from pipeline.batch import Embedded, Failed, Work
 from pipeline.batch_size import auto_batch_size
-from pipeline.embed import result_schema
 from pipeline.errors import InputError, UserError
 from pipeline.job import JobSpec
 from pipeline.meter import Measured, Meter, Spent, bottleneck
@@ -150,6 +149,7 @@ class _Taken:
         self.rejected: Counter[str] = Counter()
         self.failed: dict[int, str] = {}
         self.encoded_bytes: Counter[str] = Counter()
+        self.some: Embedded | None = None  # the first batch with rows
 
     def take(self, step: local.Step, parts: Sequence[Part]) -> None:
         gathering = {part.index: Gathering(part) for part in parts}
@@ -174,7 +174,9 @@ class _Taken:
     def _count(self, result: Embedded) -> None:
         rejects = {reject.row: reject.reason for of_model in result.rejects.values() for reject in of_model}
         self.images += result.images
-        self.usable += max(table.num_rows for table in result.tables.values())
+        usable = max(table.num_rows for table in result.tables.values())
+        self.usable += usable
+        self.some = self.some or (result if usable else None)
         self.rejected.update(rejects.values())
 
     def _encode(self, gathered: Gathering) -> dict[str, int]:
@@ -187,21 +189,21 @@ class _Taken:
         return sizes
 
     def bytes_out(self, rows: int, parts: int) -> dict[str, int]:
-        """Of all part files of each model: what a file takes without rows, and what a row adds."""
+        """Of all part files of each model: what a file takes with one row, and what each further row adds."""
         sizes = {}
-        for model in self.work.job.models:
-            empty = self._empty_bytes(model.name)
-            added = max(0, self.encoded_bytes[model.name] - self.files * empty)
-            sizes[model.name] = round(parts * empty + rows * added / max(self.images, 1))
+        for name in self.plan.identities:
+            one = self._one_row_bytes(name)
+            added = max(0, self.encoded_bytes[name] - self.files * one) / max(self.images - self.files, 1)
+            sizes[name] = round(parts * one + max(0, rows - parts) * added)
         return sizes
 
-    def _empty_bytes(self, name: str) -> int:
-        model = next(model for model in self.work.job.models if model.name == name)
-        table = result_schema(self.work.job, model, self.work.cards[name]).empty_table()
-        nothing = Embedded(0, 0, {name: table}, {name: ()}, rows_in=0)
-        return len(
-            encode_part(self.plan.parts[0], name, self.plan.identity(name), [nothing], self.plan.identities[name]).data
-        )
+    def _one_row_bytes(self, name: str) -> int:
+        """Dictionaries and statistics come with the first row: a file without any would say too little."""
+        assert self.some
+        table = self.some.tables[name].slice(0, 1)
+        row = Embedded(0, 0, {name: table}, {name: ()}, rows_in=table.num_rows)
+        part, identity = self.plan.parts[0], self.plan.identity(name)
+        return len(encode_part(part, name, identity, [row], self.plan.identities[name]).data)
 
 
 def _measurement(work: Work, plan: Plan, sample: Sample, taken: _Taken, startup_s: float) -> Measurement:
@@ -209,7 +211,7 @@ def _measurement(work: Work, plan: Plan, sample: Sample, taken: _Taken, startup_
     busy_s = {stage: measured.stages[stage].seconds / taken.images for stage in STAGES}  # of one image
     cpu_s = sum(busy_s[stage] for stage in STAGES if stage != "embed")
     rows, is_estimated = count_rows(plan.parts, sample.seen)
-    sampled = len(sample.originals)
+    sampled, is_auto = len(sample.originals), work.job.resources.batch_size == "auto"  # found already
     shares = f"{sampled} of {len(plan.parts)} parts"
     return Measurement(
         images=taken.images,
@@ -227,7 +229,7 @@ def _measurement(work: Work, plan: Plan, sample: Sample, taken: _Taken, startup_
         cpu_images_per_s=1 / max(cpu_s, 1e-9),
         cpus_per_gpu=max(1, math.ceil(cpu_s / max(busy_s["embed"], 1e-9))) if on_gpu else None,
         batch_size=work.batch_size,
-        batch_size_auto=auto_batch_size(work.job, work.cards, work.dtype, work.device),
+        batch_size_auto=work.batch_size if is_auto else auto_batch_size(work.job, work.cards, work.dtype, work.device),
         dtype=work.dtype,
         device=work.device,
         rows=rows,

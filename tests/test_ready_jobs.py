@@ -33,11 +33,11 @@ WHAT = {  # for each model what replaces it; and for each partition a column and
     "few_shot_labels": ([REHEARSED], {"vit-msn-small": ("embedding", "fixed_size_list<element: float")}),
     "four_families": (
         [(), (), ("image_size=32",), ("image_size=32",)],
-        {"levit-photos": ("labels", "list<"), "beit-textures": ("mask", "struct<"), "bit-50": ("embedding", "fixed")},
+        {"levit-photos": ("labels", "list<"), "beit-textures": ("mask", "list<"), "bit-50": ("embedding", "fixed")},
     ),
     "label_photos": ([(LEVIT,)], {"levit-photos": ("labels", "list<")}),
     "masked_tokens": ([REHEARSED], {"beit-base-patch16-224-pt22k": ("visual_tokens", "list<")}),
-    "rehearse": ([("image_size=64",)], {"levit-128S": ("labels", "list<")}),
+    "rehearse": ([()], {"levit-128S": ("labels", "list<")}),
     "segment_list": ([(BEIT,)], {"beit-textures": ("mask", "binary")}),
     "several_models": (
         [(LEVIT,), REHEARSED, REHEARSED],
