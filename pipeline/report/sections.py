@@ -61,7 +61,7 @@ class Section:
     @property
     def is_whole(self) -> bool:
         """Whether the sample is all that there is."""
-        return self.sample.table.num_rows == self.rows
+        return bool(self.sample.table.num_rows == self.rows)
 
     @property
     def confidences(self) -> list[float]:
