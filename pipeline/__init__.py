@@ -36,6 +36,7 @@ and what may be asked of what came out (ask.py has the commands):
 
     embeddings.py   committed embeddings, file by file; index.py, search.py, duplicates.py, sheet.py build on it
     few_shot.py     a few labels -> a classifier; linear_probe.py, mirror.py: its labels for all rows; derived.py: where
+    source_images.py, thumbnails.py  rows -> their images, from the source shards again, small
     evaluate.py     a column that says what is true -> how right the model is; judge.py counts
 """
 

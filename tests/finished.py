@@ -62,6 +62,8 @@ def make_output(uri: str, identity: Mapping[str, Any], tables: Sequence[pa.Table
         }
         given = {name: table.column(name) for name in table.column_names}
         whole = pa.table({**base, **given})
+        fields = [table.schema.field(f.name) if f.name in given else f for f in whole.schema]  # with their metadata
+        whole = pa.Table.from_arrays(whole.columns, schema=pa.schema(fields))
         batch = Embedded(part.index, 0, {model: whole}, {model: ()}, whole.num_rows)
         output.put_once(
             plan.file_name(model, part), encode_part(part, model, plan.identity(model), [batch], identity).data

@@ -1,4 +1,4 @@
-"""What retries added is indexed, found, grouped and judged with the rest; a probe leaves it, and says so."""
+"""What retries added is indexed, found, grouped, judged and labelled with the rest."""
 
 from __future__ import annotations
 
@@ -87,6 +87,30 @@ def test_a_probe_labels_what_retries_won_too(
     assert main(["probe", uri, "--labels", str(tmp_path / "labels.csv")]) == 0  # nothing is left
     assert "18 rows to model=tiny+probe, 0 of 4 parts now" in (out := capsys.readouterr().out)
     assert "in 3 files" in out
+
+
+def test_a_probe_goes_on_after_a_retry(tmp_path: Path) -> None:
+    """The same command adds the files of the new generation; what is damaged or gone is found, and made again alike."""
+    put_input(str(tmp_path))
+    job = table_job(str(tmp_path), make_checkpoint(tmp_path / "tiny"))
+    uri, labels = job.output.uri, str(tmp_path / "labels.csv")
+    run(job, "local")
+    parities(uri, tmp_path / "labels.csv")
+    made = probe(uri, labels)
+    assert (made.rows, made.parts_now, made.retry_files) == (16, 4, 0) and verify(Output.at(uri)) == []
+    before = {path.name: path.read_bytes() for path in Path(uri, "model=tiny+probe").iterdir()}
+    put(str(tmp_path), 3, jpeg(5))
+    assert pipeline.retry(uri, runner="local").recovered == {"tiny": 1}
+    again = probe(uri, labels)
+    assert (again.rows, again.parts_now, again.retry_files, again.report) == (17, 3, 3, made.report)
+    assert verify(Output.at(uri)) == []
+    after = {path.name: path.read_bytes() for path in Path(uri, "model=tiny+probe").iterdir()}
+    assert {name: after[name] for name in before} == before
+    name = min(after.keys() - before.keys())
+    Path(uri, "model=tiny+probe", name).unlink()
+    assert any(f"missing: model=tiny+probe/{name}" in problem for problem in verify(Output.at(uri)))
+    assert probe(uri, labels).parts_now == 1 and Path(uri, "model=tiny+probe", name).read_bytes() == after[name]
+    assert verify(Output.at(uri)) == []
 
 
 def test_evaluation_counts_retried_rows(retried: tuple[str, str]) -> None:

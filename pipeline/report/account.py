@@ -30,6 +30,7 @@ FEW_FILES = 1000  # footers that are read to count an unfinished output
 REJECTS_OF_A_REASON = 6
 REJECT_GROUPS = 4  # row groups of _rejects.parquet that are looked at
 MOST_METERS = 48
+NO_MODEL = "(no model)"  # of files in no partition
 UNREADABLE = (pa.ArrowException, OSError, Img2ParquetError, LookupError, TypeError, ValueError, zlib.error)
 
 
@@ -61,7 +62,7 @@ class Account:
     def models(self) -> list[str]:
         if self.plan is not None:
             return [*sorted(self.plan.identities), *self.derived]
-        return sorted({model_of(name) for name in self.part_names if name.startswith("model=")} or {"(no model)"})
+        return sorted({model_of(name) for name in self.part_names if name.startswith("model=")} or {NO_MODEL})
 
     @property
     def identities(self) -> dict[str, Mapping[str, Any]]:
@@ -76,7 +77,7 @@ class Account:
         """The files of one model, or of a partition that was derived from one; all files where there is no plan."""
         if model in self.derived:
             return [name for name in self.derived[model].names_by_part() if name in self.files]
-        return [name for name in self.part_names if self.plan is None or model_of(name) == model]
+        return [name for name in self.part_names if model in (NO_MODEL, model_of(name))]
 
     @property
     def part_names(self) -> list[str]:
