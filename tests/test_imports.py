@@ -17,13 +17,12 @@ ROOT = Path(pipeline.__file__).parent
 # Later may import earlier, never the reverse; within a layer only as WITHIN says.
 LAYERS = [
     {"errors"},
-    {"tell"},  # what commands print
     {"schema", "vectors"},
     {"storage"},
     # what an image's first bytes say; what stages did; where models run; what threads are at
     {"headers", "meter", "device", "gpus", "flight", "stacks"},
     {"logs", "metrics"},  # what is said of a job while it runs
-    {"tell"},
+    {"tell"},  # what commands print
     {"read", "decode", "preprocess", "models", "outputs"},
     {"shrink"},  # how much of a JPEG the resizes can spare
     {"job"},
@@ -38,7 +37,6 @@ LAYERS = [
     {"actors", "ray_metrics"},  # what workers of a cluster do; Ray's exporter
     {"local", "cluster"},
     {"sample"},  # some images of a plan
-    {"derived", "judge"},  # partitions made from others; what a truth says of a row
     # partitions made from others; what a truth says of a row; rows -> their images, small
     {"derived", "judge", "source_images", "thumbnails"},
     {"standing"},
