@@ -136,7 +136,7 @@ class Opened:
         gives = self.module.gives()
         return Card(
             name=self.name,
-            family=self.family.MODEL_TYPE,
+            family=str(self.config.get("model_type", self.family.MODEL_TYPE)),
             source=self.source,
             weights_hash=self.weights.hash(),
             config=self.config,
@@ -208,7 +208,7 @@ def open_checkpoint(
 
 def published() -> list[tuple[Family, Published]]:
     """Every checkpoint that a family knows by name."""
-    return [(family, entry) for family in map(_family, FAMILIES) for entry in family.PUBLISHED]
+    return [(family, entry) for family in dict.fromkeys(map(_family, FAMILIES)) for entry in family.PUBLISHED]
 
 
 def family_of(config: Mapping[str, Any], where: str) -> Family:
@@ -279,7 +279,7 @@ def _rehearsal(model: str, name: str, image_size: int | tuple[int, int] | None, 
     family, entry = by_repo[repo]
     config = {"model_type": family.MODEL_TYPE, "architectures": [entry.architecture], **entry.config}
     preprocess = _preprocess(family, config, entry.preprocessor, image_size)
-    weights = RandomWeights(seed, family.MODEL_TYPE, entry.architecture, config)
+    weights = RandomWeights(seed, str(config["model_type"]), entry.architecture, config)
     source = f"{repo} with random({seed}) weights"
     return Opened(name, source, family, config, preprocess, weights, reduces_labels(entry.preprocessor))
 
