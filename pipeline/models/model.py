@@ -22,6 +22,7 @@ from pipeline.device import as_tensor
 from pipeline.errors import CheckpointError, InputError, OutputUnavailable, UnknownModel, nearest
 from pipeline.models import FAMILIES, Backbone, Card, Family, Published
 from pipeline.models.checkpoint import RandomWeights, Weights, check_depth, label_names, read_json, weight_files
+from pipeline.models.external import External, is_external, open_external
 from pipeline.models.hub import CONFIG, PREPROCESSOR, find
 from pipeline.preprocess import Preprocessor, PreprocessSettings, normalize_on_device, read_settings, reduces_labels
 from pipeline.schema import Bad, Pixels
@@ -187,9 +188,11 @@ def open_checkpoint(
     image_size: int | tuple[int, int] | None,
     weights: str | None,
     storage_options: Mapping[str, object] | None,
-) -> Opened:
+) -> Opened | External:
     """Find the files, read what they say; no weight is read."""
-    name = name or re.split(r"[/\\]", model.rstrip("/"))[-1].partition("@")[0]
+    name = name or re.split(r"[/\\]", model.rstrip("/"))[-1].partition("@")[0].split(":")[-1]
+    if is_external(model):
+        return open_external(model, name, image_size, None if weights is None else _seed(weights), storage_options)
     if weights is not None:
         return _rehearsal(model, name, image_size, _seed(weights))
     repos = [entry.repo for _, entry in published()]
