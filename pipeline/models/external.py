@@ -203,7 +203,7 @@ class Reference:
 def _open_transformers(
     model: str, name: str, image_size: Size, seed: int | None, storage_options: Mapping[str, object] | None
 ) -> External:
-    library = _library("transformers")
+    library, config = _library("transformers"), dict[str, Any]()
     if seed is not None and model in TRANSFORMERS:
         folder, source, config = None, f"transformers' own `{model}`", {"model_type": model}
     else:
@@ -428,7 +428,7 @@ def _processor_notes(processor: Mapping[str, Any] | None, otherwise: str) -> tup
 def _open_timm(
     model: str, name: str, image_size: Size, seed: int | None, storage_options: Mapping[str, object] | None
 ) -> External:
-    timm = _library("timm")
+    timm, config = _library("timm"), dict[str, Any]()
     if seed is not None:
         folder, source, config = None, f"timm's own `{model}`, random({seed})", {"architecture": model}
     else:
