@@ -16,6 +16,11 @@ KINDS = {
     "feature_maps": ("feature_maps",),
     "attentions": ("attentions",),
 }
+REFERENCES = (
+    "reference: computed by the library itself, not by ours; its extra is `pip install 'img2parquet[<library>]'`",
+    "  transformers:<org/name, folder or URI>  CLIP, SigLIP, DINOv3, ConvNeXt, Swin, SegFormer, Mask2Former, the ViTs",
+    "  timm:<name, org/name or folder>         every classifier of timm that gives one tensor of features",
+)
 HEADER = f"{'published as':46} {'params M':>8} {'GMACs':>8} {'input':>5}  {'outputs':64} accuracy"
 
 
@@ -26,8 +31,9 @@ def lines() -> Iterator[str]:
     for family, known in published():
         if last != family.MODEL_TYPE:
             last = family.MODEL_TYPE
-            yield f"{last}: `embedding` is {family.EMBEDDING[0].lower()}{family.EMBEDDING[1:]}"
+            yield f"{last} (native): `embedding` is {family.EMBEDDING[0].lower()}{family.EMBEDDING[1:]}"
         yield _line(family, known)
+    yield from REFERENCES
 
 
 def _line(family: Family, known: Published) -> str:

@@ -54,11 +54,25 @@ class Settings(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True)
 
 
+def _library_and_place(model: str) -> tuple[str, str]:
+    """`transformers:org/name` -> its prefix, which other models do not have, and the rest."""
+    library = next((prefix for prefix in ("transformers:", "timm:") if model.startswith(prefix)), "")
+    return library, model.removeprefix(library)
+
+
+def _named(model: str) -> tuple[str, str]:
+    """The same, without what only opens a URI."""
+    library, place = _library_and_place(model)
+    return library, name_of(place)
+
+
 class ModelJob(Settings):
     """One model and what is wanted of it."""
 
     model: str = Field(
-        min_length=1, description="`org/name` or `org/name@revision` on the hub, a folder, or the URI of a folder"
+        min_length=1,
+        description="`org/name` or `org/name@revision` on the hub, a folder, or the URI of a folder; with "
+        "`transformers:` before it, or as `timm:<name>`, what that library computes",
     )
     name: str = Field(
         default="", description="The partition `model=<name>`; default: the last segment of `model`, without a revision"
@@ -77,7 +91,7 @@ class ModelJob(Settings):
     @classmethod
     def _default_name(cls, values: Any) -> Any:
         if isinstance(values, dict) and not values.get("name") and isinstance(values.get("model"), str):
-            last = name_of(values["model"]).rstrip("/").split("/")[-1]
+            last = _named(values["model"])[1].rstrip("/").split("/")[-1]
             return {**values, "name": last.split("@")[0].split(":")[-1]}
         return values
 
@@ -85,11 +99,12 @@ class ModelJob(Settings):
     @classmethod
     def _make_absolute(cls, model: str) -> str:
         """A worker may run in another folder than the command that was given a relative path."""
-        return resolve(model) if Path(model).is_dir() else model
+        library, place = _library_and_place(model)
+        return library + resolve(place) if Path(place).is_dir() else model
 
     @field_serializer("model")
     def _without_secrets(self, model: str) -> str:
-        return name_of(model)
+        return "".join(_named(model))
 
     @model_validator(mode="after")
     def _check(self) -> ModelJob:
@@ -330,6 +345,7 @@ def identity(job: JobSpec, model: ModelJob, card: Card, dtype: str, beside: Iter
         "outputs": [_plain(output) for output in model.outputs],
         "dtype": dtype,
         **({"reduces_labels": True} if card.reduces_labels else {}),
+        **({"implementation": card.implementation} if card.implementation != "native" else {}),
     }
 
 

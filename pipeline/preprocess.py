@@ -203,6 +203,12 @@ PROCESSORS: dict[str, Mapping[str, Any]] = {  # what each class does where a che
     "BeitImageProcessor": {**_COMMON, **_HALF, "resample": 3},
     "LevitImageProcessor": {**_COMMON, **_EDGE_AND_CROP, **_IMAGENET, "edge_factor": 256 / 224},
     "ViTImageProcessor": {**_COMMON, **_HALF, "crop_size": None},
+    # of models that other libraries compute
+    "CLIPImageProcessor": {**_COMMON, **_EDGE_AND_CROP, **_CLIP},
+    "SiglipImageProcessor": {**_COMMON, **_HALF, "resample": 3},
+    "ConvNextImageProcessor": {**_COMMON, **_IMAGENET, "resample": 3},  # its sizes: models/external.py
+    "DINOv3ViTImageProcessor": {**_COMMON, **_IMAGENET},
+    "SegformerImageProcessor": {**_COMMON, **_IMAGENET, "size": {"height": 512, "width": 512}},
 }
 FILE = "preprocessor_config.json"
 

@@ -1,5 +1,8 @@
 """Checkpoints to models: one file per family, one line each in `FAMILIES`. Importing this loads no torch.
 
+A family of your own: write one file with the names of `Family` below, add its line, and run `tests/models`;
+`infra/BACKBONES.md` goes through `vit.py` step by step. Without any: `transformers:...` and `timm:...` (external.py).
+
 What a forward pass gives is a dict of named features, and a caller names the ones it wants, so nothing unasked is
 computed or kept. Names (B batch, T tokens, D width, h w map size):
 
@@ -31,9 +34,12 @@ if TYPE_CHECKING:
 FAMILIES = {
     "beit": "pipeline.models.beit",
     "bit": "pipeline.models.bit",
+    "dinov2": "pipeline.models.vit",
+    "dinov2_with_registers": "pipeline.models.vit",
     "levit": "pipeline.models.levit",
+    "vit": "pipeline.models.vit",
     "vit_msn": "pipeline.models.vit_msn",
-}
+}  # `model_type` in config.json -> the file of its family
 
 
 def load_model(
@@ -47,7 +53,8 @@ def load_model(
     storage_options: Mapping[str, object] | None = None,
     fast: bool = True,
 ) -> Model:
-    """A folder, any URI of one, or `org/name@revision` -> a callable from images to features.
+    """A folder, any URI of one, `org/name@revision`, or these after `transformers:`, or `timm:<name>` -> a callable
+    from images to features.
 
     `dtype` is float32, bfloat16, float16 or auto; `image_size` is what reaches the model, where it is not the
     checkpoint's own; `weights="random(0)"` builds a published model without its files; `fast=False` keeps the plain
@@ -105,6 +112,7 @@ class Card:
     parameters: int = 0
     notes: tuple[str, ...] = field(default=())
     reduces_labels: bool = False  # the processor takes class 0 of a segmentation's truth for background
+    implementation: str = "native"  # or whose code computes it, with its version: see external.py
 
 
 class Backbone(Protocol):
@@ -134,8 +142,8 @@ class Published:
 class Family(Protocol):
     """What a family's module file offers to the loader, as module-level names."""
 
-    MODEL_TYPE: str  # `model_type` in config.json
-    PREFIX: str  # base prefix that names on disk may have, per key: "levit."
+    MODEL_TYPE: str  # `model_type` in config.json; of several, the one that the family is listed under
+    PREFIX: str | tuple[str, ...]  # base prefix that names on disk may have, per key: "levit."
     PROCESSOR: str  # image processor class when preprocessor_config.json is absent or names none
     EMBEDDING: str  # one sentence: what `pooled` means
     KEYS: Mapping[str, str]  # name on disk (prefix stripped, `{}` for each number) -> our name, every dialect.

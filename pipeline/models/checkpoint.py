@@ -1,7 +1,8 @@
 """A checkpoint's folder to a filled module, all or nothing, and the hash of its weights.
 
 * Weights are read from `model.safetensors`, its sharded form with an index, or `pytorch_model.bin`, the last only
-  through torch's reader that runs no code. An index may name files in its own folder and nothing else.
+  through torch's reader that runs no code, or `flax_model.msgpack`, through our own. An index may name files in its
+  own folder and nothing else.
 * Names on disk lose the family's base prefix where they have it (the reference writes files where only some do), then
   go through the family's table, which knows every dialect.
 * float16 and bfloat16 tensors become float32 before anything is computed from them.
@@ -26,8 +27,10 @@ from torch import Tensor, nn
 
 from pipeline.errors import CheckpointError
 from pipeline.models import Family
+from pipeline.models.flax_file import SUFFIX as FLAX
+from pipeline.models.flax_file import read_flax
 
-WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
+WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin", "flax_model.msgpack")  # the first that is there is taken
 INDEX = ".index.json"
 NAMED_IN_ERRORS = 4
 CHUNK_BYTES = 8 << 20
@@ -101,6 +104,10 @@ class FileWeights:
         ours_of = {name: ours for ours, name in self.check(module, family).items()}
         pairs = (pair for path in self.files for pair in _tensors_in(path, ours_of.keys()))
         assign(module, {ours_of[name]: tensor.detach().to(torch.float32).contiguous() for name, tensor in pairs})
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Every tensor under its name on disk, read."""
+        return {name: tensor for path in self.files for name, tensor in _tensors_in(path, _names_in(path))}
 
     def _refuse_misfits(
         self,
@@ -225,10 +232,11 @@ def label_names(config: Mapping[str, Any]) -> tuple[str, ...]:
     return tuple(by_id[index] for index in range(len(by_id)))
 
 
-def stripped(name: str, prefix: str, on_disk: Set[str] = frozenset()) -> str:
+def stripped(name: str, prefix: str | tuple[str, ...], on_disk: Set[str] = frozenset()) -> str:
     """A name without the base prefix, unless the file has another tensor of that name: BEiT's masked image modelling
     has its own `layernorm` beside the encoder's `beit.layernorm`."""
-    short = name.removeprefix(prefix)
+    known = (prefix,) if isinstance(prefix, str) else prefix
+    short = next((name.removeprefix(one) for one in known if name.startswith(one)), name)
     return name if short in on_disk else short
 
 
@@ -292,6 +300,9 @@ def _indexed(folder: Path, index_name: str) -> tuple[Path, ...]:
 
 
 def _listed(path: Path) -> Iterator[Listed]:
+    if path.suffix == FLAX:
+        yield from (Listed(array.name, array.shape, _dtype_name(array.dtype)) for array in read_flax(path))
+        return
     if path.suffix != ".safetensors":
         for name, tensor in _unpickled(path).items():
             yield Listed(name, tuple(tensor.shape), _dtype_name(tensor.dtype))
@@ -303,6 +314,9 @@ def _listed(path: Path) -> Iterator[Listed]:
 
 
 def _tensors_in(path: Path, names: Collection[str]) -> Iterator[tuple[str, Tensor]]:
+    if path.suffix == FLAX:
+        yield from ((array.name, array.tensor()) for array in read_flax(path) if array.name in names)
+        return
     if path.suffix != ".safetensors":
         yield from ((name, tensor) for name, tensor in _unpickled(path).items() if name in names)
         return
@@ -310,6 +324,10 @@ def _tensors_in(path: Path, names: Collection[str]) -> Iterator[tuple[str, Tenso
         for name in file.keys():  # noqa: SIM118 - not a dict
             if name in names:
                 yield name, file.get_tensor(name)
+
+
+def _names_in(path: Path) -> set[str]:
+    return {entry.name for entry in _listed(path)}
 
 
 def _dtype_name(dtype: torch.dtype) -> str:

@@ -90,8 +90,9 @@ def _needed(uri: str, entries: list[Entry]) -> dict[str, Entry]:
     by_name = {entry.uri.rstrip("/").rpartition("/")[-1]: entry for entry in entries if _is_child(uri, entry.uri)}
     if CONFIG not in by_name:
         raise UnknownModel(f"no model at `{redact(uri)}`: there is no {CONFIG}", hint="name the folder that holds it")
-    safe = {name: entry for name, entry in by_name.items() if ".safetensors" in name}
-    weights = safe or {name: entry for name, entry in by_name.items() if name.startswith("pytorch_model")}
+    kinds = (".safetensors", "pytorch_model", "flax_model")  # the first that is there is fetched
+    found = ({name: entry for name, entry in by_name.items() if kind in name} for kind in kinds)
+    weights = next(filter(None, found), {})
     settings = {name: by_name[name] for name in (CONFIG, PREPROCESSOR) if name in by_name}
     return dict(sorted({**settings, **weights}.items()))
 

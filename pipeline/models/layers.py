@@ -123,11 +123,11 @@ def attend(q_BHTD: Tensor, k_BHTD: Tensor, v_BHTD: Tensor, bias: Tensor | None =
     return weights_BHTT @ v_BHTD, weights_BHTT
 
 
-def resize_positions(positions_1TD: Tensor, grid_HW: tuple[int, int]) -> Tensor:
+def resize_positions(positions_1TD: Tensor, grid_HW: tuple[int, int], antialias: bool = False) -> Tensor:
     """Learned positions of a square grid, class token first -> those of another grid, bicubic as the reference."""
     width, side = positions_1TD.shape[-1], math.isqrt(positions_1TD.shape[1] - 1)
     grid_1DHW = positions_1TD[:, 1:].reshape(1, side, side, width).permute(0, 3, 1, 2)
-    grid_1DHW = F.interpolate(grid_1DHW, size=grid_HW, mode="bicubic", align_corners=False)
+    grid_1DHW = F.interpolate(grid_1DHW, size=grid_HW, mode="bicubic", align_corners=False, antialias=antialias)
     return torch.cat([positions_1TD[:, :1], grid_1DHW.flatten(2).transpose(1, 2)], dim=1)
 
 

@@ -22,6 +22,7 @@ from pipeline.device import as_tensor
 from pipeline.errors import CheckpointError, InputError, OutputUnavailable, UnknownModel, nearest
 from pipeline.models import FAMILIES, Backbone, Card, Family, Published
 from pipeline.models.checkpoint import RandomWeights, Weights, check_depth, label_names, read_json, weight_files
+from pipeline.models.external import External, is_external, open_external
 from pipeline.models.hub import CONFIG, PREPROCESSOR, find
 from pipeline.preprocess import Preprocessor, PreprocessSettings, normalize_on_device, read_settings, reduces_labels
 from pipeline.schema import Bad, Pixels
@@ -136,7 +137,7 @@ class Opened:
         gives = self.module.gives()
         return Card(
             name=self.name,
-            family=self.family.MODEL_TYPE,
+            family=str(self.config.get("model_type", self.family.MODEL_TYPE)),
             source=self.source,
             weights_hash=self.weights.hash(),
             config=self.config,
@@ -187,9 +188,11 @@ def open_checkpoint(
     image_size: int | tuple[int, int] | None,
     weights: str | None,
     storage_options: Mapping[str, object] | None,
-) -> Opened:
+) -> Opened | External:
     """Find the files, read what they say; no weight is read."""
-    name = name or re.split(r"[/\\]", model.rstrip("/"))[-1].partition("@")[0]
+    name = name or re.split(r"[/\\]", model.rstrip("/"))[-1].partition("@")[0].split(":")[-1]
+    if is_external(model):
+        return open_external(model, name, image_size, None if weights is None else _seed(weights), storage_options)
     if weights is not None:
         return _rehearsal(model, name, image_size, _seed(weights))
     repos = [entry.repo for _, entry in published()]
@@ -208,7 +211,7 @@ def open_checkpoint(
 
 def published() -> list[tuple[Family, Published]]:
     """Every checkpoint that a family knows by name."""
-    return [(family, entry) for family in map(_family, FAMILIES) for entry in family.PUBLISHED]
+    return [(family, entry) for family in dict.fromkeys(map(_family, FAMILIES)) for entry in family.PUBLISHED]
 
 
 def family_of(config: Mapping[str, Any], where: str) -> Family:
@@ -279,7 +282,7 @@ def _rehearsal(model: str, name: str, image_size: int | tuple[int, int] | None, 
     family, entry = by_repo[repo]
     config = {"model_type": family.MODEL_TYPE, "architectures": [entry.architecture], **entry.config}
     preprocess = _preprocess(family, config, entry.preprocessor, image_size)
-    weights = RandomWeights(seed, family.MODEL_TYPE, entry.architecture, config)
+    weights = RandomWeights(seed, str(config["model_type"]), entry.architecture, config)
     source = f"{repo} with random({seed}) weights"
     return Opened(name, source, family, config, preprocess, weights, reduces_labels(entry.preprocessor))
 

@@ -24,6 +24,7 @@ CHECKPOINTS = (
     "google/bit-50",
     "microsoft/beit-base-patch16-224-pt22k",
     "microsoft/beit-base-finetuned-ade-640-640",
+    "facebook/dinov2-with-registers-small",
 )
 
 
