@@ -289,8 +289,9 @@ def check_same_run(stored: Plan, ours: Mapping[str, Mapping[str, Any]], uri: str
 
 def encode_plan(plan: Plan, about: Mapping[bytes, str] | None = None) -> bytes:
     """The plan as a Parquet file, the same bytes for the same plan. about: more of the file's metadata."""
-    said: dict[bytes | str, bytes | str] = dict(about or {})
-    said["img2parquet.identities"] = json.dumps(plan.identities, sort_keys=True)
+    said: dict[bytes | str, bytes | str] = {"img2parquet.identities": json.dumps(plan.identities, sort_keys=True)}
+    for name, value in (about or {}).items():
+        said[name] = value
     schema = PLAN_SCHEMA.with_metadata(said)
     parts = plan.parts if isinstance(plan.parts, Parts) else Parts.of(plan.parts)
     own = [
