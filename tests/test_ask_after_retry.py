@@ -1,4 +1,4 @@
-"""What retries added is indexed, found, grouped, judged and labelled with the rest."""
+"""What retries and extensions added is indexed, found, grouped, judged and labelled with the rest."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from pipeline.linear_probe import probe
 from pipeline.results import open_results
 from pipeline.search import search
 from pipeline.sheet import pictures_of
+from pipeline.storage import join
 from pipeline.verify import verify
 from tests.small import jpeg, make_checkpoint
 from tests.test_retry import put, put_input, table_job
@@ -118,3 +119,28 @@ def test_evaluation_counts_retried_rows(retried: tuple[str, str]) -> None:
     with pytest.raises(InputError, match="class 5 is not among"):
         evaluate(uri, "n")  # the numbers of the images, of which the model has five classes
     assert main(["evaluate", uri, "--truth", "n"]) == 2
+
+
+@pytest.mark.parametrize("when", ["before and after", "after"])
+def test_a_probe_labels_what_extensions_and_retries_added(when: str, tmp_path: Path) -> None:
+    """Generation by generation: the output is extended, then rejects of its first part are retried."""
+    root, uri, labels = str(tmp_path), str(tmp_path / "out"), str(tmp_path / "labels.csv")
+    put_input(root)
+    job = table_job(root, make_checkpoint(tmp_path / "tiny"))
+    run(job, "local")
+    parities(uri, tmp_path / "labels.csv")
+    if when != "after":
+        assert probe(uri, labels).rows == 16
+    (tmp_path / "more.csv").write_text("uri,n\n" + "".join(f"img/{number}.jpg,{number}\n" for number in (20, 21)))
+    for number in (20, 21):
+        put(root, number)
+    lists = (*job.input.uris, join(root, "more.csv"))
+    longer = job.model_copy(update={"input": job.input.model_copy(update={"uris": lists})})
+    assert run(longer, "local", extend=True).generation == 1
+    put(root, 3, jpeg(5))
+    assert pipeline.retry(uri, runner="local").recovered == {"tiny": 1}
+    made = probe(uri, labels)
+    assert (made.rows, made.parts_left, made.retry_files_left) == (19, 0, 0) and verify(Output.at(uri)) == []
+    rows = open_results(uri, "tiny+probe").to_table(columns=["n"])["n"].to_pylist()
+    assert {20, 21, 3} <= set(rows) and sorted(rows) == sorted(open_results(uri).to_table()["n"].to_pylist())
+    assert probe(uri, labels).parts_now == 0
