@@ -28,7 +28,8 @@ from torch import Tensor, nn
 from pipeline.errors import CheckpointError, OutputUnavailable
 from pipeline.models import Published
 from pipeline.models.checkpoint import num_labels
-from pipeline.models.layers import activation, attend, fused_linear, resize_positions
+from pipeline.models.layers import activation, attend, fused_linear, patches, resize_positions, split_heads
+from pipeline.models.sizes import check_patches, pair
 
 MODEL_TYPE = "vit"
 PREFIX = ("vit.", "dinov2.", "dinov2_with_registers.")
@@ -389,14 +390,14 @@ def gives(s: Settings, has_pooler: bool, has_head: bool) -> dict[str, tuple[int,
 
 def finish(model: ViT | FastViT, features: dict[str, Tensor], wants: frozenset[str]) -> dict[str, Tensor]:
     """The hidden states of a pass, `tokens:<k>`, and its attentions -> the wanted features."""
-    s, patches = model.settings, slice(model.settings.first_patch, None)
+    s, behind = model.settings, slice(model.settings.first_patch, None)
     x_BTD = features["tokens"] = model.norm(features[f"tokens:{s.num_hidden_layers}"])
     class_BD = features["pooled:cls"] = x_BTD[:, 0]
     if "pooled" in wants:
         pooled = class_BD if model.pooler is None else activation(s.pooler_act)(model.pooler(class_BD))
         features["pooled"] = pooled
     if wants & {"pooled:mean", "logits"}:
-        features["pooled:mean"] = x_BTD[:, patches].mean(dim=1)
+        features["pooled:mean"] = x_BTD[:, behind].mean(dim=1)
     if model.head is not None and "logits" in wants:
         read = torch.cat([class_BD, features["pooled:mean"]], dim=1) if s.is_dinov2 else class_BD
         features["logits"] = model.head(read)
@@ -432,18 +433,6 @@ def hide(x_BND: Tensor, mask_BN: Tensor, token_D: Tensor | None) -> Tensor:
     return torch.where(mask_BN.bool()[..., None], token_D.to(x_BND.dtype).reshape(1, 1, -1), x_BND)
 
 
-def patches(x_BCHW: Tensor, patch_size: tuple[int, int]) -> Tensor:
-    """x_BCHW -> (B, N, patch height * patch width * C)."""
-    (ph, pw), (b, c, height, width) = patch_size, x_BCHW.shape
-    h, w = height // ph, width // pw
-    return x_BCHW.permute(0, 2, 3, 1).reshape(b, h, ph, w, pw, c).transpose(2, 3).reshape(b, h * w, ph * pw * c)
-
-
-def split_heads(x_BTD: Tensor, num_heads: int) -> Tensor:
-    """x_BTD -> (B, A, T, D / A)."""
-    return x_BTD.reshape(*x_BTD.shape[:2], num_heads, -1).transpose(1, 2)
-
-
 def _scaled(linear: nn.Linear, scale_D: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """A linear and the layer scale after it, as one."""
     if scale_D is None:
@@ -465,7 +454,7 @@ def read_settings(config: Mapping[str, Any], size_HW: tuple[int, int]) -> Settin
     known = {field.name for field in fields(Settings)}
     said: dict[str, Any] = {**defaults, **{name: value for name, value in config.items() if name in known}}
     for name in ("image_size", "patch_size"):
-        said[name] = _pair(name, said.get(name, getattr(Settings, name)))
+        said[name] = pair(name, said.get(name, getattr(Settings, name)))
     settings = Settings(**said | {"num_labels": num_labels(config), "input_size": size_HW})
     _check(settings)
     return settings
@@ -495,29 +484,7 @@ def _check(s: Settings) -> None:
         )
     activation(s.hidden_act)
     activation(s.pooler_act, "config.json: pooler_act")
-    _check_sizes(s)
-
-
-def _check_sizes(s: Settings) -> None:
-    for where, size in (("config.json: image_size", s.image_size), ("image_size", s.input_size)):
-        if any(side % patch for side, patch in zip(size, s.patch_size, strict=True)):
-            whole = tuple(max(1, round(side / patch)) * patch for side, patch in zip(size, s.patch_size, strict=True))
-            message = f"{where}: {_by(size)} is not divisible by the patch size, {_by(s.patch_size)}"
-            raise CheckpointError(message, hint=f"the nearest that is: {_by((whole[0], whole[1]))}")
-    if s.image_size != s.input_size and s.trained_grid[0] != s.trained_grid[1]:
-        hint = f"leave image_size out, or give {_by(s.image_size)}"
-        raise CheckpointError(f"positions of a {_by(s.trained_grid)} grid, not square, cannot be resized", hint=hint)
-
-
-def _pair(name: str, value: object) -> tuple[int, int]:
-    pair = (value, value) if isinstance(value, int) else value
-    if isinstance(pair, list | tuple) and len(pair) == 2 and all(type(n) is int and n > 0 for n in pair):
-        return pair[0], pair[1]
-    raise CheckpointError(f"config.json: {name}: `{value}` is neither a positive number nor a pair of them")
-
-
-def _by(pair: tuple[int, int]) -> str:
-    return f"{pair[0]}x{pair[1]}"
+    check_patches(s)
 
 
 # --- what its authors published ---

@@ -24,7 +24,8 @@ from torch import Tensor, nn
 from pipeline.errors import CheckpointError, OutputUnavailable
 from pipeline.models import Published
 from pipeline.models.checkpoint import num_labels
-from pipeline.models.layers import activation, attend, fused_linear, resize_positions
+from pipeline.models.layers import activation, attend, fused_linear, patches, resize_positions, split_heads
+from pipeline.models.sizes import check_patches, pair
 
 MODEL_TYPE = "vit_msn"
 PREFIX = "vit."
@@ -293,23 +294,11 @@ def hide(x_BND: Tensor, mask_BN: Tensor, token_11D: Tensor | None) -> Tensor:
     return torch.where(mask_BN.bool()[..., None], token_11D.to(x_BND.dtype), x_BND)
 
 
-def patches(x_BCHW: Tensor, patch_size: tuple[int, int]) -> Tensor:
-    """x_BCHW -> (B, N, patch height * patch width * C)."""
-    (ph, pw), (b, c, height, width) = patch_size, x_BCHW.shape
-    h, w = height // ph, width // pw
-    return x_BCHW.permute(0, 2, 3, 1).reshape(b, h, ph, w, pw, c).transpose(2, 3).reshape(b, h * w, ph * pw * c)
-
-
-def split_heads(x_BTD: Tensor, num_heads: int) -> Tensor:
-    """x_BTD -> (B, A, T, D / A)."""
-    return x_BTD.reshape(*x_BTD.shape[:2], num_heads, -1).transpose(1, 2)
-
-
 def read_settings(config: Mapping[str, Any], size_HW: tuple[int, int]) -> Settings:
     known = {field.name for field in fields(Settings)}
     said: dict[str, Any] = {name: value for name, value in config.items() if name in known}
     for name in ("image_size", "patch_size"):
-        said[name] = _pair(name, said.get(name, getattr(Settings, name)))
+        said[name] = pair(name, said.get(name, getattr(Settings, name)))
     settings = Settings(**said | {"num_labels": num_labels(config), "input_size": size_HW})
     _check(settings)
     return settings
@@ -330,29 +319,7 @@ def _check(s: Settings) -> None:
             hint=f"heads that fit: {_few_divisors(s.hidden_size)}",
         )
     activation(s.hidden_act)
-    _check_sizes(s)
-
-
-def _check_sizes(s: Settings) -> None:
-    for where, size in (("config.json: image_size", s.image_size), ("image_size", s.input_size)):
-        if any(side % patch for side, patch in zip(size, s.patch_size, strict=True)):
-            whole = tuple(max(1, round(side / patch)) * patch for side, patch in zip(size, s.patch_size, strict=True))
-            message = f"{where}: {_by(size)} is not divisible by the patch size, {_by(s.patch_size)}"
-            raise CheckpointError(message, hint=f"the nearest that is: {whole[0]}x{whole[1]}")
-    if s.image_size != s.input_size and s.trained_grid[0] != s.trained_grid[1]:
-        hint = f"leave image_size out, or give {_by(s.image_size)}"
-        raise CheckpointError(f"positions of a {_by(s.trained_grid)} grid, not square, cannot be resized", hint=hint)
-
-
-def _pair(name: str, value: object) -> tuple[int, int]:
-    pair = (value, value) if isinstance(value, int) else value
-    if isinstance(pair, list | tuple) and len(pair) == 2 and all(type(n) is int and n > 0 for n in pair):
-        return pair[0], pair[1]
-    raise CheckpointError(f"config.json: {name}: `{value}` is neither a positive number nor a pair of them")
-
-
-def _by(pair: tuple[int, int]) -> str:
-    return f"{pair[0]}x{pair[1]}"
+    check_patches(s)
 
 
 def _few_divisors(n: int) -> str:
