@@ -47,6 +47,7 @@ check-style: $(STAMP)
 chaos: $(STAMP)  ## 1,000 seeded runs under kills, stops, full disks and failing stores; Ray's processes; each safeguard off
 	$(BIN)/python -m tests.chaos --runs 1000 --out tests/chaos/results/chaos.json
 	$(BIN)/python -m tests.chaos.on_retry --out tests/chaos/results/on_retry.json
+	$(BIN)/python -m tests.chaos.on_extend --out tests/chaos/results/on_extend.json
 	$(BIN)/python -m tests.chaos.on_ray --runs 14 --out tests/chaos/results/on_ray.json
 	$(BIN)/python -m tests.chaos.safeguards --out tests/chaos/results/safeguards.json
 

@@ -14,11 +14,12 @@ import tests.chaos.warm  # noqa: F401 - all that is imported before the first fo
 from pipeline.driver import Summary, run
 from pipeline.job import parse_job
 from pipeline.storage import Store, join
-from tests.chaos.on_retry import Subject, main
+from tests.chaos.on_retry import UNLIKE, Subject, main
 from tests.small import BROKEN, job_dict, make_checkpoint, make_shards
 
 SHARDS, PER_SHARD, FIRST = 7, 4, 3
 ADDED = rf"part-00000[{FIRST}-{SHARDS - 1}]"
+RECORD = "_run-1"  # holds the job, and so where its output lies, which is another place in each run
 BAD = sum(shard < SHARDS and row < PER_SHARD for shard, row in BROKEN)
 
 
@@ -49,4 +50,4 @@ def _extend(root: str, uri: str) -> Summary:
 
 
 if __name__ == "__main__":
-    sys.exit(main(Subject("extend", _make, _extend, ADDED, SHARDS * PER_SHARD - BAD)))
+    sys.exit(main(Subject("extend", _make, _extend, ADDED, SHARDS * PER_SHARD - BAD, (*UNLIKE, RECORD))))

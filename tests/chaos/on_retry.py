@@ -62,6 +62,7 @@ class Subject:
     add: Callable[[str, str], object]
     part: str  # a pattern of the names of the files that it adds
     rows: int  # of the output in the end, of each of two models
+    unlike: tuple[str, ...] = UNLIKE
 
     @property
     def objects(self) -> list[str]:
@@ -167,7 +168,7 @@ def _undisturbed(subject: Subject, root: str) -> dict[str, str]:
     _copy(root, uri)
     subject.add(root, uri)
     assert verify(Output.at(uri)) == []
-    return _digests(uri)
+    return _digests(subject, uri)
 
 
 def _copy(root: str, uri: str) -> None:
@@ -177,12 +178,14 @@ def _copy(root: str, uri: str) -> None:
         output.store.create(join(uri, name), output.store.read(entry.uri))
 
 
-def _digests(uri: str) -> dict[str, str]:
+def _digests(subject: Subject, uri: str) -> dict[str, str]:
     """Of what the first generation wrote; where a retry ended before its blow, the same command began another, of the
     rest."""
     output = Output.at(uri)
     files = {
-        name: entry for name, entry in output.files().items() if not name.startswith(UNLIKE) and not LATER.search(name)
+        name: entry
+        for name, entry in output.files().items()
+        if not name.startswith(subject.unlike) and not LATER.search(name)
     }
     return {name: hashlib.sha256(output.store.read(entry.uri)).hexdigest() for name, entry in files.items()}
 
@@ -214,7 +217,7 @@ def _one(bed: Bed, waves: Sequence[Wave], place: Path, server: Server | None) ->
 
 def _judged(bed: Bed, uri: str) -> tuple[list[str], dict[str, int]]:
     """Problems, and rows checked, lost and twice."""
-    problems, digests, keys = verify(Output.at(uri)), _digests(uri), count_keys(read_parts(uri))
+    problems, digests, keys = verify(Output.at(uri)), _digests(bed.subject, uri), count_keys(read_parts(uri))
     if digests != bed.undisturbed:
         names = digests.keys() | bed.undisturbed.keys()
         differ = sorted(name for name in names if digests.get(name) != bed.undisturbed.get(name))
