@@ -8,7 +8,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal, cast
 
@@ -183,11 +183,11 @@ def _mean_and_std(settings: PreprocessSettings, device: torch.device) -> tuple[T
 # --- preprocessor_config.json ----------------------------------------------------------------------------------------
 
 _CLIP = {"image_mean": [0.48145466, 0.4578275, 0.40821073], "image_std": [0.26862954, 0.26130258, 0.27577711]}
-_IMAGENET = {"image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225]}
+IMAGENET = {"image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225]}
 _HALF = {"image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5]}
 _CODES: dict[int, Resample] = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic", 4: "box", 5: "hamming"}
 _EDGE_AND_CROP = {"size": {"shortest_edge": 224}, "resample": 3, "do_center_crop": True, "default_to_square": False}
-_COMMON = {
+COMMON = {
     "do_resize": True,
     "do_center_crop": False,
     "do_rescale": True,
@@ -199,30 +199,32 @@ _COMMON = {
     "resample": 2,
 }
 PROCESSORS: dict[str, Mapping[str, Any]] = {  # what each class does where a checkpoint says nothing
-    "BitImageProcessor": {**_COMMON, **_EDGE_AND_CROP, **_CLIP},
-    "BeitImageProcessor": {**_COMMON, **_HALF, "resample": 3},
-    "LevitImageProcessor": {**_COMMON, **_EDGE_AND_CROP, **_IMAGENET, "edge_factor": 256 / 224},
-    "ViTImageProcessor": {**_COMMON, **_HALF, "crop_size": None},
-    # of models that other libraries compute
-    "CLIPImageProcessor": {**_COMMON, **_EDGE_AND_CROP, **_CLIP},
-    "SiglipImageProcessor": {**_COMMON, **_HALF, "resample": 3},
-    "ConvNextImageProcessor": {**_COMMON, **_IMAGENET, "resample": 3},  # its sizes: models/external.py
-    "DINOv3ViTImageProcessor": {**_COMMON, **_IMAGENET},
-    "SegformerImageProcessor": {**_COMMON, **_IMAGENET, "size": {"height": 512, "width": 512}},
+    "BitImageProcessor": {**COMMON, **_EDGE_AND_CROP, **_CLIP},
+    "BeitImageProcessor": {**COMMON, **_HALF, "resample": 3},
+    "LevitImageProcessor": {**COMMON, **_EDGE_AND_CROP, **IMAGENET, "edge_factor": 256 / 224},
+    "ViTImageProcessor": {**COMMON, **_HALF, "crop_size": None},
+    # of models that other libraries compute; two more, with rules of their own, are in models/external.py
+    "CLIPImageProcessor": {**COMMON, **_EDGE_AND_CROP, **_CLIP},
+    "SiglipImageProcessor": {**COMMON, **_HALF, "resample": 3, "default_to_square": False},
+    "SegformerImageProcessor": {**COMMON, **IMAGENET, "size": {"height": 512, "width": 512}},
 }
 FILE = "preprocessor_config.json"
 
 
 def read_settings(
-    config: Mapping[str, Any] | None, processor: str, image_size: int | tuple[int, int] | None = None
+    config: Mapping[str, Any] | None,
+    processor: str,
+    image_size: int | tuple[int, int] | None = None,
+    known: Mapping[str, Mapping[str, Any]] = PROCESSORS,
 ) -> PreprocessSettings:
-    """A checkpoint's preprocessor_config.json of any era -> settings. `processor` names the class where it does not.
+    """A checkpoint's preprocessor_config.json of any era -> settings. `processor` names the class where it does not,
+    `known` has the defaults of each.
 
     image_size (one side, or height and width) replaces the size that reaches the model; what is cut off keeps its
     proportion: LeViT's 256 -> 224 becomes 329 -> 288. Raises CheckpointError for what cannot be done."""
     given = dict(config or {})
     given = dict(given.get("image_processor") or given)  # newer files hold one section per modality
-    defaults = PROCESSORS[_processor_name(given, processor)]
+    defaults = known[_processor_name(given, processor, known)]
     merged = {**defaults, **{key: value for key, value in given.items() if value is not None}}
     merged["edge_factor"] = defaults.get("edge_factor", 1)
     if merged.get("do_pad"):
@@ -251,13 +253,13 @@ def reduces_labels(config: Mapping[str, Any] | None) -> bool:
     return bool(given.get("reduce_labels") if said is None else said)
 
 
-def _processor_name(config: Mapping[str, Any], otherwise: str) -> str:
+def _processor_name(config: Mapping[str, Any], otherwise: str, known: Collection[str]) -> str:
     """`ViTFeatureExtractor`, `ViTImageProcessorFast` and `ViTImageProcessorPil` are all `ViTImageProcessor`."""
     spelled = str(config.get("image_processor_type") or config.get("feature_extractor_type") or otherwise)
     name = spelled.removesuffix("Fast").removesuffix("Pil").replace("FeatureExtractor", "ImageProcessor")
-    if name not in PROCESSORS:
-        hint = nearest(name, PROCESSORS) or f"set `image_processor_type` in {FILE} to a class that does the same"
-        raise CheckpointError(f"{FILE}: unknown image processor `{spelled}`", known=PROCESSORS, hint=hint)
+    if name not in known:
+        hint = nearest(name, known) or f"set `image_processor_type` in {FILE} to a class that does the same"
+        raise CheckpointError(f"{FILE}: unknown image processor `{spelled}`", known=known, hint=hint)
     return name
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import importlib
+import json
 import tarfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -27,6 +28,10 @@ IMAGES = 6
 WHAT = {  # for each model what replaces it; and for each partition a column and its type
     "demo": ([()], {"levit-photos": ("labels", "list<")}),
     "demo_textures": ([()], {"beit-textures": ("mask", "binary")}),
+    "embed_clip": (
+        [("model=transformers:{photos}/clip",), ("weights=random(0)", "image_size=28")],
+        {"clip": ("embedding", "fixed_size_list<element: halffloat"), "dinov2-base": ("embedding", "fixed_size_list<")},
+    ),
     "embed_folder": ([REHEARSED], {"vit-msn-base": ("embedding", "fixed_size_list<element: halffloat")}),
     "embed_for_search": ([REHEARSED], {"vit-msn-base": ("embedding", "fixed_size_list<element: int8")}),
     "embed_parquet": ([REHEARSED], {"beit-base-patch16-224": ("logits", "fixed_size_list<")}),
@@ -86,14 +91,30 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         writer = csv.writer(file)
         writer.writerow(["uri", "camera", "taken_at"])
         writer.writerows([path.relative_to(folder), "north", "2024"] for path in sorted(folder.glob("tree/*/*.jpg")))
+    _make_clip(folder / "clip")
     yield folder
+
+
+def _make_clip(folder: Path) -> None:
+    """A CLIP as small as it can be, in the hub's layout."""
+    import transformers
+
+    vision = transformers.CLIPVisionConfig(
+        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=24, patch_size=8, image_size=32,
+        projection_dim=12,
+    )  # fmt: skip
+    transformers.CLIPVisionModelWithProjection(vision).save_pretrained(folder)
+    settings = {"image_processor_type": "CLIPImageProcessor", "size": {"shortest_edge": 32}, "crop_size": 32}
+    (folder / "preprocessor_config.json").write_text(json.dumps(settings))
 
 
 def overrides(name: str, kind: str, photos: Path, out: Path) -> list[str]:
     """What `--set` is given: inputs and outputs here, models that are at hand."""
     places = {"webdataset": "some.tar", "folder": "tree", "parquet": "images.parquet", "table": "images.csv"}
     changes, _ = WHAT[name]
-    models = [f"models.{n}.{change}" for n, given in enumerate(changes) for change in given]
+    models = [
+        f"models.{n}.{change}".replace("{photos}", str(photos)) for n, given in enumerate(changes) for change in given
+    ]
     here = [f"input.uris=[{photos / places[kind]}]", f"output.uri={out}", "dtype=float32", "reject_limit=0.5"]
     return [*here, "resources.batch_size=3", *models]
 

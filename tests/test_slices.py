@@ -205,7 +205,7 @@ def test_a_slurm_array_writes_what_one_driver_does(
 
 
 def test_a_task_that_is_told_to_end_is_queued_again(tmp_path: Path, commands: Path) -> None:
-    (commands / "srun").write_text("#!/bin/bash\ntrap 'exit 143' TERM\necho up\nsleep 60 & wait\n")
+    (commands / "srun").write_text("#!/bin/bash\ntrap 'exit 143' TERM\necho up\nsleep 60 >/dev/null 2>&1 & wait\n")
     one = task(commands, tmp_path, 4, 6)
     assert one.stdout is not None and one.stdout.readline() == "up\n"
     one.send_signal(signal.SIGTERM)

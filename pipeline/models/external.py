@@ -35,7 +35,7 @@ from pipeline.models import Backbone, Card
 from pipeline.models.checkpoint import FileWeights, RandomWeights, check_depth, label_names, read_json, weight_files
 from pipeline.models.flax_file import SUFFIX as FLAX
 from pipeline.models.hub import CONFIG, PREPROCESSOR, find
-from pipeline.preprocess import PreprocessSettings, read_settings, reduces_labels
+from pipeline.preprocess import COMMON, IMAGENET, PROCESSORS, PreprocessSettings, read_settings, reduces_labels
 
 Size = int | tuple[int, int] | None
 CLASS_FIRST, PATCHES, MAPS, QUERIES = "class token, registers, patches", "patches", "maps", "masks of queries"
@@ -357,6 +357,12 @@ def semantic_maps(out: Any) -> Tensor:
 
 # --- their processors ---
 
+KNOWN = {
+    **PROCESSORS,
+    "ConvNextImageProcessor": {**COMMON, **IMAGENET, "resample": 3},  # its sizes have a rule of their own
+    "DINOv3ViTImageProcessor": {**COMMON, **IMAGENET},
+}
+
 
 def read_processor(given: Mapping[str, Any] | None, otherwise: str, image_size: Size) -> PreprocessSettings:
     """preprocessor_config.json -> our settings; the two classes with rules of their own are put into common terms."""
@@ -365,10 +371,10 @@ def read_processor(given: Mapping[str, Any] | None, otherwise: str, image_size: 
     spelled = str(said.get("image_processor_type") or said.get("feature_extractor_type") or otherwise)
     kind = spelled.removesuffix("Fast").removesuffix("Pil").replace("FeatureExtractor", "ImageProcessor")
     if kind == "ConvNextImageProcessor":
-        return read_settings(_convnext(said, image_size), kind, None)
+        return read_settings(_convnext(said, image_size), kind, None, KNOWN)
     if kind in ("Mask2FormerImageProcessor", "MaskFormerImageProcessor"):
         return read_settings(_mask2former(said, image_size), "SegformerImageProcessor", None)
-    return read_settings(said, otherwise, image_size)
+    return read_settings(said, otherwise, image_size, KNOWN)
 
 
 def _convnext(said: Mapping[str, Any], image_size: Size) -> dict[str, Any]:

@@ -1,6 +1,8 @@
 """A command -> the largest memory of its processes: the driver's, and its workers'.
 
-The kernel's own peak of each process (VmHWM), looked at until it ends; what ran for less than a look is not seen.
+Of the driver the kernel's own peak (VmHWM), looked at until it ends. Of Ray's workers the largest of many looks, without
+the pages of the object store: these are shared, bounded by Ray, and count for each process that ever touched them. What
+ran for less than a look is not seen.
 """
 
 from __future__ import annotations
@@ -63,7 +65,14 @@ def _watch(root: int, peaks: dict[int, tuple[str, float]], ended: threading.Even
             with suppress(OSError, IndexError, ValueError):
                 name = Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode("utf-8", "replace").strip()
                 status = Path(f"/proc/{pid}/status").read_text()
-                peaks[pid] = name, int(status.partition("VmHWM:")[2].split(maxsplit=1)[0]) / 1024
+                peaks[pid] = name, max(_held_mb(name, status), peaks.get(pid, ("", 0.0))[1])
+
+
+def _held_mb(name: str, status: str) -> float:
+    def said(field: str) -> int:
+        return int(status.partition(f"{field}:")[2].split(maxsplit=1)[0])
+
+    return (said("VmRSS") - said("RssShmem") if name.startswith("ray::") else said("VmHWM")) / 1024
 
 
 def _below(root: int) -> set[int]:

@@ -21,7 +21,6 @@ import pipeline
 from pipeline.errors import CheckpointError, Img2ParquetError, MissingDependency, OutputUnavailable, UnknownModel
 from pipeline.job import identity, parse_job
 from pipeline.models import external, load_model, read_card
-from pipeline.preprocess import read_settings
 from tests.models import oracle
 
 VIT = {
@@ -284,7 +283,7 @@ def test_convnext_crops_below_384(said: dict[str, Any], image_size: Any, expecte
 )
 def test_defaults_of_the_processors(kind: str, size_HW: tuple[int, int]) -> None:
     """As transformers' class has them; read as text where the class itself needs torchvision."""
-    found = read_settings({}, f"{kind}ImageProcessor")
+    found = external.read_processor({}, f"{kind}ImageProcessor", None)
     assert found.size_HW == size_HW
     theirs = getattr(transformers, f"{kind}ImageProcessorPil", None)
     if kind == "DINOv3ViT":

@@ -369,7 +369,7 @@ def test_images_over_http(s3_bucket: str, s3_client) -> None:  # type: ignore[no
     assert Store().read(url) == DATA
     assert Store().read(url, 5, 100) == DATA[5:100]
     assert Store().expand([url])[0].uri == url
-    with pytest.raises(InputError, match="cannot be written"):
+    with pytest.raises(InputError, match="is read-only here"):
         Store().create(url, b"x")
     for ask in (Store().read, Store().stat):
         with pytest.raises(NotFound):
