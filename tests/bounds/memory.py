@@ -1,6 +1,6 @@
 """A command -> the largest memory of its processes: the driver's, and its workers'.
 
-Of the driver the kernel's own peak (VmHWM), looked at until it ends. Of Ray's workers the largest of many looks, without
+Of the driver the kernel's own peak (VmHWM), looked at until it ends. Of Ray's workers the largest of many looks without
 the pages of the object store: these are shared, bounded by Ray, and count for each process that ever touched them. What
 ran for less than a look is not seen.
 """
