@@ -556,10 +556,10 @@ def test_two_retries_at_once_write_each_row_once(root: str, checkpoint: Path) ->
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("store", ["disk", "s3"])
-def test_a_retry_killed_at_every_step_goes_on_with_the_same_command(store: str) -> None:
-    """In a process of its own, since only a single-threaded one may fork."""
-    command = [sys.executable, "-m", "tests.chaos.on_retry", "--each", "4", "--store", store]
-    ran = subprocess.run(command, cwd=Path(__file__).parents[1], capture_output=True, text=True, timeout=900)
+def test_a_retry_that_is_killed_at_any_step_goes_on_with_the_same_command() -> None:
+    """Every third step, on a disk and on S3; `make chaos` does all. In a process of its own, since only a
+    single-threaded one may fork."""
+    command = [sys.executable, "-m", "tests.chaos.on_retry", "--each", "4", "--every", "3"]
+    ran = subprocess.run(command, cwd=Path(__file__).parents[1], capture_output=True, text=True, timeout=500)
     assert ran.returncode == 0, ran.stdout + ran.stderr
     assert " 0 failures" in ran.stdout.splitlines()[-1]

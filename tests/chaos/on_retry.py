@@ -1,6 +1,7 @@
 """`python -m tests.chaos.on_retry`: a retry killed at every step of every object that it creates, then the same again.
 
     --each 1      kills at every step of each object; beyond, so many seeded runs: at any moment, in turn, two at once
+    --every 3     every third of these runs alone
     --store s3    on a store alone, and not also on a disk
 
 After each, the output must be the undisturbed retry's, file by file, `verify` must find nothing, and whoever looked in
@@ -22,6 +23,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 import tests.chaos.warm  # noqa: F401 - all that is imported before the first fork
@@ -84,6 +86,7 @@ def main(subject: Subject | None = None) -> int:
     name = subject.name
     parser = argparse.ArgumentParser(prog=f"python -m tests.chaos.on_{name}", description=__doc__)
     parser.add_argument("--each", type=int, default=1, help="1: every step once; more: so many seeded runs as well")
+    parser.add_argument("--every", type=int, default=1, help="3: every third of these runs")
     parser.add_argument("--store", choices=["disk", "s3"], help="this one alone")
     parser.add_argument("--out", type=Path, help="the counts as JSON")
     arguments = parser.parse_args()
@@ -95,7 +98,8 @@ def main(subject: Subject | None = None) -> int:
                 server = Server()
                 os.environ["AWS_ENDPOINT_URL"] = server.url
             bed = _bed(subject, folder, str(folder) if store == "disk" else f"{BUCKET}/{name}")
-            for number, waves in enumerate(_plans(subject, store, bed.seconds, arguments.each - 1)):
+            plans = enumerate(_plans(subject, store, bed.seconds, arguments.each - 1))
+            for number, waves in islice(plans, 0, None, arguments.every):
                 outcome = _one(bed, waves, folder / f"{store}-{number}", server)
                 counts.update({"runs": 1, f"runs on {store}": 1, **outcome.counts})
                 told = "; then ".join(" with ".join(str(blow or f"a quiet {name}") for blow in wave) for wave in waves)
