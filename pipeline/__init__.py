@@ -2,7 +2,7 @@
 
 The way of one image, a file for each step:
 
-    plan.py         URIs -> parts, fixed once
+    plan.py         URIs -> parts, fixed once; packed.py: many of them in little memory
     read/           part -> rows: key, image bytes, passthrough columns
     batch.py        rows -> batches, the atoms that travel between processes
     decode.py       bytes -> RGB pixels, or a reject with a reason

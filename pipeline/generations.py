@@ -23,7 +23,8 @@ import pyarrow.parquet as pq
 from pipeline.commit import PLAN, RECORDS, REJECTS, SUCCESS, Footer, Output
 from pipeline.errors import RunMismatch
 from pipeline.listing import parse_name
-from pipeline.plan import Plan, decode_plan, encode_plan, joined
+from pipeline.packed import joined
+from pipeline.plan import Plan, decode_plan, encode_plan
 from pipeline.schema import Part, Reject, Wanted
 
 REJECT_SCHEMA = pa.schema(

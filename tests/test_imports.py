@@ -27,6 +27,7 @@ LAYERS = [
     {"shrink"},  # how much of a JPEG the resizes can spare
     {"job"},
     {"graphs", "batch_size"},
+    {"packed"},  # many parts in little memory
     {"plan", "batch", "probe", "forward", "listing"},
     {"embed_images"},  # a job's way for images at hand
     {"embed", "write", "commit"},
@@ -67,7 +68,7 @@ HEAVY = {
     "simplejpeg": {"decode"},
     "pyarrow": {"schema", "storage", "read", "outputs", "plan", "batch", "embed", "write", "commit", "cluster"}
     | {"results", "verify", "losses", "finish", "session", "forward", "apart", "actors"}
-    | {"generations", "retrying", "report", "exports", "vectors"}
+    | {"generations", "packed", "retrying", "report", "exports", "vectors"}
     | {"embeddings", "duplicates", "evaluate", "judge", "label_file", "linear_probe", "mirror", "sample"},
     "fsspec": {"storage"},
     "s3fs": {"storage"},

@@ -9,7 +9,8 @@ import pytest
 from pipeline.commit import Footer, Footers
 from pipeline.generations import History
 from pipeline.listing import Listing
-from pipeline.plan import Parts, Plan, decode_plan, encode_plan, joined
+from pipeline.packed import Parts, joined
+from pipeline.plan import Plan, decode_plan, encode_plan
 from pipeline.schema import Part, Piece
 from pipeline.storage import Entry
 
