@@ -65,6 +65,9 @@ _HOME = {
     "retry": "pipeline.retrying", "RetrySummary": "pipeline.retrying",
 }  # fmt: skip
 
+# names of files that are called by them too; always the module, whichever was asked for first
+_CALLABLE = ("embed", "report")
+
 __all__ = [
     "Exported", "JobSpec", "RetrySummary", "Summary", "decode_vectors", "embed", "export", "load_job", "load_model",
     "open_results", "parse_job", "read_rejects", "report", "retry", "run", "status",
@@ -77,4 +80,6 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module `pipeline` has no attribute `{name}`")
     from importlib import import_module
 
+    if name in _CALLABLE:
+        return import_module(f"pipeline.{name}")
     return getattr(import_module(_HOME[name]), name)
