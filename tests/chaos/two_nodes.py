@@ -17,6 +17,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from unittest import mock
 
 import ray
 from ray.cluster_utils import Cluster
@@ -44,7 +45,9 @@ def befall(what: str, cluster: Cluster, node: object, out: Path) -> None:
     if what == "replace":
         cluster.remove_node(node, allow_graceful=False)
     if what in ("add", "replace"):
-        _watch_use(_raylet(cluster.add_node(num_cpus=2)))
+        with mock.patch("ray._private.utils.set_sigterm_handler"):  # only the main thread may set one
+            added = cluster.add_node(num_cpus=2)
+        _watch_use(_raylet(added))
     print(f"chaos: {what} done", flush=True)
 
 
