@@ -24,18 +24,6 @@ from pipeline.errors import CheckpointError, nearest
 Activation = Callable[[Tensor], Tensor]
 
 
-def patches(x_BCHW: Tensor, patch_size: tuple[int, int]) -> Tensor:
-    """x_BCHW -> (B, N, patch height * patch width * C)."""
-    (ph, pw), (b, c, height, width) = patch_size, x_BCHW.shape
-    h, w = height // ph, width // pw
-    return x_BCHW.permute(0, 2, 3, 1).reshape(b, h, ph, w, pw, c).transpose(2, 3).reshape(b, h * w, ph * pw * c)
-
-
-def split_heads(x_BTD: Tensor, num_heads: int) -> Tensor:
-    """x_BTD -> (B, A, T, D / A)."""
-    return x_BTD.reshape(*x_BTD.shape[:2], num_heads, -1).transpose(1, 2)
-
-
 def fused_linear(weight_OI: Tensor, bias_O: Tensor | None = None, activation: str = "linear") -> FusedLinear:
     """y = activation(x W^T + b) [+ residual], packed for the device and dtype that the weight has."""
     fused = weight_OI.device.type == "cpu" and activation in _ONEDNN and onednn_works(weight_OI.dtype)

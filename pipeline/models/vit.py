@@ -25,11 +25,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pipeline.errors import CheckpointError, OutputUnavailable
+from pipeline.errors import CheckpointError
 from pipeline.models import Published
 from pipeline.models.checkpoint import num_labels
-from pipeline.models.layers import activation, attend, fused_linear, patches, resize_positions, split_heads
+from pipeline.models.layers import activation, fused_linear
 from pipeline.models.sizes import check_patches, pair
+from pipeline.models.transformer import MLP, Attention, FastAttention, hide, patch_weight, patches, positions_for
 
 MODEL_TYPE = "vit"
 PREFIX = ("vit.", "dinov2.", "dinov2_with_registers.")
@@ -225,13 +226,8 @@ class Embed(nn.Module):
 
     def positions_for(self, size_HW: tuple[int, int]) -> Tensor:
         s = self.settings
-        if size_HW == s.image_size:
-            return self.positions_1TD
-        grid = (size_HW[0] // s.patch_size[0], size_HW[1] // s.patch_size[1])
-        # as many patches on a square image: the reference takes them as they are
-        if size_HW[0] == size_HW[1] and 1 + grid[0] * grid[1] == self.positions_1TD.shape[1]:
-            return self.positions_1TD
-        return resize_positions(self.positions_1TD, grid, antialias=s.num_register_tokens > 0)
+        smooth = s.num_register_tokens > 0
+        return positions_for(self.positions_1TD, size_HW, s.image_size, s.patch_size, antialias=smooth)
 
 
 class Block(nn.Module):
@@ -239,8 +235,12 @@ class Block(nn.Module):
 
     def __init__(self, s: Settings, split_swiglu: bool) -> None:
         super().__init__()
-        self.norm1, self.attention, self.norm2 = _layer_norm(s), Attention(s), _layer_norm(s)
-        self.mlp: MLP | SwiGLU = SwiGLU(s, split_swiglu) if s.use_swiglu_ffn else MLP(s)
+        self.norm1 = _layer_norm(s)
+        self.attention = Attention(s.hidden_size, s.num_attention_heads, s.qkv_bias)
+        self.norm2 = _layer_norm(s)
+        self.mlp: MLP | SwiGLU = (
+            SwiGLU(s, split_swiglu) if s.use_swiglu_ffn else MLP(s.hidden_size, s.mlp_width, s.hidden_act)
+        )
         self.scale1_D = nn.Parameter(torch.empty(s.hidden_size)) if s.is_dinov2 else None
         self.scale2_D = nn.Parameter(torch.empty(s.hidden_size)) if s.is_dinov2 else None
 
@@ -250,30 +250,6 @@ class Block(nn.Module):
         x_BTD = x_BTD + (mixed_BTD if self.scale1_D is None else mixed_BTD * self.scale1_D)
         mixed_BTD = self.mlp(self.norm2(x_BTD))
         return x_BTD + (mixed_BTD if self.scale2_D is None else mixed_BTD * self.scale2_D), weights_BATT
-
-
-class Attention(nn.Module):
-    def __init__(self, s: Settings) -> None:
-        super().__init__()
-        self.num_heads = s.num_attention_heads
-        self.q, self.k, self.v = (nn.Linear(s.hidden_size, s.hidden_size, bias=s.qkv_bias) for _ in range(3))
-        self.out = nn.Linear(s.hidden_size, s.hidden_size)
-
-    def forward(self, x_BTD: Tensor) -> tuple[Tensor, Tensor]:
-        q, k, v = (split_heads(part(x_BTD), self.num_heads) for part in (self.q, self.k, self.v))
-        mixed, weights_BATT = attend(q, k, v)
-        return self.out(mixed.transpose(1, 2).flatten(2)), weights_BATT
-
-
-class MLP(nn.Module):
-    def __init__(self, s: Settings) -> None:
-        super().__init__()
-        self.act = activation(s.hidden_act)
-        self.up, self.down = nn.Linear(s.hidden_size, s.mlp_width), nn.Linear(s.mlp_width, s.hidden_size)
-
-    def forward(self, x_BTD: Tensor) -> Tensor:
-        y: Tensor = self.down(self.act(self.up(x_BTD)))
-        return y
 
 
 class SwiGLU(nn.Module):
@@ -317,8 +293,8 @@ class FastViT:
         first_1D, positions_1ND = embed.starts(plain.settings.input_size)
         self.first_1D, self.positions_1ND = first_1D.to(dtype), positions_1ND.to(dtype)
         self.mask_D = None if embed.mask_D is None else embed.mask_D.to(dtype)
-        weight, bias = embed.patch.weight, embed.patch.get_parameter("bias")
-        self.patch = fused_linear(weight.permute(0, 2, 3, 1).flatten(1).to(dtype), bias.to(dtype))
+        bias = embed.patch.get_parameter("bias")
+        self.patch = fused_linear(patch_weight(embed.patch).to(dtype), bias.to(dtype))
         self.blocks = [FastBlock(block, plain.settings, dtype) for block in plain.blocks]  # type: ignore[arg-type]
         self.norm = deepcopy(plain.norm).to(dtype)
         self.pooler = None if plain.pooler is None else deepcopy(plain.pooler).to(dtype)
@@ -347,11 +323,8 @@ class FastViT:
 
 class FastBlock:
     def __init__(self, plain: Block, s: Settings, dtype: torch.dtype) -> None:
-        attention, mlp, self.num_heads = plain.attention, plain.mlp, s.num_attention_heads
-        parts = (attention.q, attention.k, attention.v)
-        bias = torch.cat([part.bias for part in parts]).to(dtype) if s.qkv_bias else None
-        self.qkv = fused_linear(torch.cat([part.weight for part in parts]).to(dtype), bias)
-        self.out = fused_linear(*_scaled(attention.out, plain.scale1_D, dtype))
+        mlp, self.attention = plain.mlp, FastAttention(plain.attention, dtype)
+        self.out = fused_linear(*_scaled(plain.attention.out, plain.scale1_D, dtype))
         self.is_swiglu = isinstance(mlp, SwiGLU)
         weight, bias = mlp.merged() if isinstance(mlp, SwiGLU) else (mlp.up.weight, mlp.up.bias)
         self.up = fused_linear(weight.to(dtype), bias.to(dtype), "linear" if self.is_swiglu else s.hidden_act)
@@ -360,12 +333,8 @@ class FastBlock:
 
     def __call__(self, x_BTD: Tensor, with_weights: bool) -> tuple[Tensor, Tensor]:
         """x_BTD -> x_BTD, attention weights BATT (an empty tensor where they are not asked for)."""
-        q, k, v = (split_heads(part, self.num_heads) for part in self.qkv(self.norm1(x_BTD)).chunk(3, dim=-1))
-        if with_weights:
-            mixed, weights_BATT = attend(q, k, v)
-        else:
-            mixed, weights_BATT = F.scaled_dot_product_attention(q, k, v), x_BTD.new_empty(0)
-        x_BTD = self.out(mixed.transpose(1, 2).flatten(2), x_BTD)
+        mixed_BTD, weights_BATT = self.attention(self.norm1(x_BTD), with_weights)
+        x_BTD = self.out(mixed_BTD, x_BTD)
         up_BTM = self.up(self.norm2(x_BTD))
         if self.is_swiglu:
             gate_BTM, up_BTM = up_BTM.chunk(2, dim=-1)
@@ -422,15 +391,6 @@ def _stage(k: int) -> str:
 def _layer(name: str) -> int:
     """`feature_maps:stage<k>` -> k."""
     return int(name.removeprefix("feature_maps:").removeprefix("stage").replace("stem", "0"))
-
-
-def hide(x_BND: Tensor, mask_BN: Tensor, token_D: Tensor | None) -> Tensor:
-    """The mask token in place of the hidden patches."""
-    if token_D is None:
-        raise OutputUnavailable("this checkpoint has no mask token", hint="leave the mask out, or take one that has it")
-    if mask_BN.shape != x_BND.shape[:2]:
-        raise OutputUnavailable(f"mask {tuple(mask_BN.shape)} for {tuple(x_BND.shape[:2])} patches")
-    return torch.where(mask_BN.bool()[..., None], token_D.to(x_BND.dtype).reshape(1, 1, -1), x_BND)
 
 
 def _scaled(linear: nn.Linear, scale_D: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

@@ -18,14 +18,14 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pipeline.errors import CheckpointError, OutputUnavailable
+from pipeline.errors import CheckpointError
 from pipeline.models import Published
 from pipeline.models.checkpoint import num_labels
-from pipeline.models.layers import activation, attend, fused_linear, patches, resize_positions, split_heads
+from pipeline.models.layers import activation, fused_linear
 from pipeline.models.sizes import check_patches, pair
+from pipeline.models.transformer import MLP, Attention, FastAttention, hide, patch_weight, patches, positions_for
 
 MODEL_TYPE = "vit_msn"
 PREFIX = "vit."
@@ -147,13 +147,7 @@ class Embed(nn.Module):
         return x_BTD + self.positions_for((x_BCHW.shape[2], x_BCHW.shape[3]))
 
     def positions_for(self, size_HW: tuple[int, int]) -> Tensor:
-        if size_HW == self.trained_size:
-            return self.positions_1TD
-        grid = (size_HW[0] // self.patch_size[0], size_HW[1] // self.patch_size[1])
-        # as many patches on a square image: the reference takes them as they are
-        if size_HW[0] == size_HW[1] and 1 + grid[0] * grid[1] == self.positions_1TD.shape[1]:
-            return self.positions_1TD
-        return resize_positions(self.positions_1TD, grid)
+        return positions_for(self.positions_1TD, size_HW, self.trained_size, self.patch_size)
 
 
 class Block(nn.Module):
@@ -161,39 +155,16 @@ class Block(nn.Module):
 
     def __init__(self, s: Settings) -> None:
         super().__init__()
-        self.norm1, self.attention = _layer_norm(s), Attention(s)
-        self.norm2, self.mlp = _layer_norm(s), MLP(s)
+        self.norm1 = _layer_norm(s)
+        self.attention = Attention(s.hidden_size, s.num_attention_heads, s.qkv_bias)
+        self.norm2 = _layer_norm(s)
+        self.mlp = MLP(s.hidden_size, s.intermediate_size, s.hidden_act)
 
     def forward(self, x_BTD: Tensor) -> tuple[Tensor, Tensor]:
         """x_BTD -> x_BTD, attention weights BATT."""
         mixed_BTD, weights_BATT = self.attention(self.norm1(x_BTD))
         x_BTD = x_BTD + mixed_BTD
         return x_BTD + self.mlp(self.norm2(x_BTD)), weights_BATT
-
-
-class Attention(nn.Module):
-    def __init__(self, s: Settings) -> None:
-        super().__init__()
-        self.num_heads = s.num_attention_heads
-        self.q, self.k, self.v = (nn.Linear(s.hidden_size, s.hidden_size, bias=s.qkv_bias) for _ in range(3))
-        self.out = nn.Linear(s.hidden_size, s.hidden_size)
-
-    def forward(self, x_BTD: Tensor) -> tuple[Tensor, Tensor]:
-        q, k, v = (split_heads(part(x_BTD), self.num_heads) for part in (self.q, self.k, self.v))
-        mixed, weights_BATT = attend(q, k, v)
-        return self.out(mixed.transpose(1, 2).flatten(2)), weights_BATT
-
-
-class MLP(nn.Module):
-    def __init__(self, s: Settings) -> None:
-        super().__init__()
-        self.act = activation(s.hidden_act)
-        self.up = nn.Linear(s.hidden_size, s.intermediate_size)
-        self.down = nn.Linear(s.intermediate_size, s.hidden_size)
-
-    def forward(self, x_BTD: Tensor) -> Tensor:
-        y: Tensor = self.down(self.act(self.up(x_BTD)))
-        return y
 
 
 def build(settings: Settings, names: frozenset[str]) -> ViTMSN:
@@ -215,8 +186,8 @@ class FastViTMSN:
         self.positions_1ND = positions_1TD[:, 1:].to(dtype)
         self.class_11D = (embed.class_11D + positions_1TD[:, :1]).to(dtype)
         self.mask_11D = None if embed.mask_11D is None else embed.mask_11D.to(dtype)
-        weight, bias = embed.patch.weight, embed.patch.get_parameter("bias")
-        self.patch = fused_linear(weight.permute(0, 2, 3, 1).flatten(1).to(dtype), bias.to(dtype))
+        bias = embed.patch.get_parameter("bias")
+        self.patch = fused_linear(patch_weight(embed.patch).to(dtype), bias.to(dtype))
         self.blocks = [FastBlock(block, s, dtype) for block in plain.blocks]  # type: ignore[arg-type]
         self.norm = deepcopy(plain.norm).to(dtype)
         self.head = None if plain.head is None else deepcopy(plain.head).to(dtype)
@@ -244,23 +215,16 @@ class FastViTMSN:
 
 class FastBlock:
     def __init__(self, plain: Block, s: Settings, dtype: torch.dtype) -> None:
-        attention, self.num_heads = plain.attention, s.num_attention_heads
-        parts = (attention.q, attention.k, attention.v)
-        bias = torch.cat([part.bias for part in parts]).to(dtype) if s.qkv_bias else None
-        self.qkv = fused_linear(torch.cat([part.weight for part in parts]).to(dtype), bias)
-        self.out = fused_linear(attention.out.weight.to(dtype), attention.out.bias.to(dtype))
+        self.attention, out = FastAttention(plain.attention, dtype), plain.attention.out
+        self.out = fused_linear(out.weight.to(dtype), out.bias.to(dtype))
         self.up = fused_linear(plain.mlp.up.weight.to(dtype), plain.mlp.up.bias.to(dtype), s.hidden_act)
         self.down = fused_linear(plain.mlp.down.weight.to(dtype), plain.mlp.down.bias.to(dtype))
         self.norm1, self.norm2 = deepcopy(plain.norm1).to(dtype), deepcopy(plain.norm2).to(dtype)
 
     def __call__(self, x_BTD: Tensor, with_weights: bool) -> tuple[Tensor, Tensor]:
         """x_BTD -> x_BTD, attention weights BATT (an empty tensor where they are not asked for)."""
-        q, k, v = (split_heads(part, self.num_heads) for part in self.qkv(self.norm1(x_BTD)).chunk(3, dim=-1))
-        if with_weights:
-            mixed, weights_BATT = attend(q, k, v)
-        else:
-            mixed, weights_BATT = F.scaled_dot_product_attention(q, k, v), x_BTD.new_empty(0)
-        x_BTD = self.out(mixed.transpose(1, 2).flatten(2), x_BTD)
+        mixed_BTD, weights_BATT = self.attention(self.norm1(x_BTD), with_weights)
+        x_BTD = self.out(mixed_BTD, x_BTD)
         return self.down(self.up(self.norm2(x_BTD)), x_BTD), weights_BATT
 
 
@@ -283,15 +247,6 @@ def _finish(
     if head is not None and "logits" in wants:
         features["logits"] = head(x_BTD[:, 0])
     return {name: features[name] for name in wants}
-
-
-def hide(x_BND: Tensor, mask_BN: Tensor, token_11D: Tensor | None) -> Tensor:
-    """The mask token in place of the hidden patches."""
-    if token_11D is None:
-        raise OutputUnavailable("this checkpoint has no mask token", hint="leave the mask out, or take one that has it")
-    if mask_BN.shape != x_BND.shape[:2]:
-        raise OutputUnavailable(f"mask {tuple(mask_BN.shape)} for {tuple(x_BND.shape[:2])} patches")
-    return torch.where(mask_BN.bool()[..., None], token_11D.to(x_BND.dtype), x_BND)
 
 
 def read_settings(config: Mapping[str, Any], size_HW: tuple[int, int]) -> Settings:
