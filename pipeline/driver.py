@@ -12,9 +12,9 @@ from pipeline.batch import Work
 from pipeline.commit import RUN, SUCCESS, Output
 from pipeline.errors import JobError, RejectLimitExceeded, nearest
 from pipeline.evaluate import scores_by_truth
-from pipeline.extending import begin_extension, begun_extension, describe
+from pipeline.extending import begin_extension, begun_extension
 from pipeline.finish import Counting, finish, finish_later, stored_totals
-from pipeline.generations import Extension, History, LaterPlan, of_generation, read_history
+from pipeline.generations import Extension, History, LaterPlan, describe, of_generation, read_history
 from pipeline.job import JobSpec
 from pipeline.logs import of_run
 from pipeline.losses import mean_losses

@@ -8,11 +8,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any
 
 from pipeline.commit import MANIFEST, PLAN, SUCCESS, Output
 from pipeline.errors import InputError, RunMismatch
-from pipeline.generations import Extension, History, RetryPlan, decode_later, encode_extension, of_generation
+from pipeline.generations import Extension, History, RetryPlan, encode_extension, of_generation, store_later
 from pipeline.job import JobSpec
 from pipeline.models import Card
 from pipeline.plan import Plan, cut_input, plan_hash
@@ -83,25 +82,10 @@ def begin_extension(
         )
     generation = history.generation + 1
     data = encode_extension(Plan(parts, history.first.identities), generation, parent)
-    name = of_generation(PLAN, generation)
-    if output.put_once(name, data) == "done":
-        data = output.store.read(f"{output.uri}/{name}")
-    plan = decode_later(data, history)
+    plan, digest = store_later(output, data, history)
     if not isinstance(plan, Extension):
         raise RunMismatch(f"{output.uri}: a retry has just begun", hint="run the same command again when it has ended")
-    return plan, plan_hash(data)
-
-
-def describe(plan: Extension, digest: str) -> dict[str, Any]:
-    """The first lines of _run-g.json."""
-    return {
-        "kind": "extension",
-        "generation": plan.generation,
-        "parent": plan.generation - 1,
-        "parent_manifest_sha256": plan.parent_sha256,
-        "plan_sha256": digest,
-        "parts": len(plan.parts),
-    }
+    return plan, digest
 
 
 def _size_of_whole(piece: Piece) -> int | None:

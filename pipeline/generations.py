@@ -24,7 +24,7 @@ from pipeline.commit import PLAN, RECORDS, REJECTS, SUCCESS, Footer, Output
 from pipeline.errors import RunMismatch
 from pipeline.listing import parse_name
 from pipeline.packed import joined
-from pipeline.plan import Plan, decode_plan, encode_plan
+from pipeline.plan import Plan, decode_plan, encode_plan, plan_hash
 from pipeline.schema import Part, Reject, Wanted
 
 REJECT_SCHEMA = pa.schema(
@@ -177,6 +177,31 @@ def read_history(output: Output, plan: Plan, there: Iterable[str]) -> History:
             )
         history = History(plan, (*history.later, decode_later(data, history)))
     return history
+
+
+def store_later(output: Output, data: bytes, before: History) -> tuple[LaterPlan, str]:
+    """The stored plan of the generation after `before`, ours (`data`) if we are first, and its hash. Raises
+    RunMismatch."""
+    name = of_generation(PLAN, before.generation + 1)
+    if output.put_once(name, data) == "done":
+        data = output.read(name) or data
+    return decode_later(data, before), plan_hash(data)
+
+
+def describe(plan: LaterPlan, digest: str) -> dict[str, Any]:
+    """What every _run-g.json says of its generation. digest: of the stored plan."""
+    kind, more = "extension", dict[str, Any]()
+    if isinstance(plan, RetryPlan):
+        kind, more = "retry", {"reasons": list(plan.reasons), "images": plan.images}
+    return {
+        "kind": kind,
+        "generation": plan.generation,
+        "parent": plan.generation - 1,
+        "parent_manifest_sha256": plan.parent_sha256,
+        "plan_sha256": digest,
+        "parts": len(plan.parts),
+        **more,
+    }
 
 
 def encode_extension(plan: Plan, generation: int, parent: bytes) -> bytes:

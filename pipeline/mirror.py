@@ -30,13 +30,14 @@ from pipeline.generations import (
     History,
     LaterPlan,
     RetryPlan,
-    decode_later,
+    describe,
     encode_extension,
     encode_rejects,
     encode_retry,
     of_generation,
     read_history,
     read_standing,
+    store_later,
     supersede,
     to_table,
 )
@@ -151,17 +152,11 @@ def _begin(records: Output, history: History, later: LaterPlan, labeller: Labell
     if history.generation < generation:
         parent = records.read(of_generation(MANIFEST, generation - 1))
         assert parent is not None, "all before is whole"
-        name, data = of_generation(PLAN, generation), _encode(later, parent, history, labeller)
-        if records.put_once(name, data) == "done":
-            data = records.read(name) or data
-        history = History(history.first, (*history.later, decode_later(data, history)))
+        plan, _ = store_later(records, _encode(later, parent, history, labeller), history)
+        history = History(history.first, (*history.later, plan))
     plan = history.later[generation - 1]
-    said: dict[str, Any] = {"generation": generation, "parent": generation - 1, "parts": len(plan.parts)}
-    said |= {"kind": "extension", "parent_manifest_sha256": plan.parent_sha256}
-    if isinstance(plan, RetryPlan):
-        said |= {"kind": "retry", "reasons": list(plan.reasons), "images": plan.images}
     data = records.read(of_generation(PLAN, generation)) or b""
-    records.record(of_generation(RUN, generation), {**said, "plan_sha256": plan_hash(data)})
+    records.record(of_generation(RUN, generation), describe(plan, plan_hash(data)))
     return history
 
 

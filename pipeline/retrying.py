@@ -29,11 +29,12 @@ from pipeline.generations import (
     LaterPlan,
     RetryPlan,
     by_part_and_model,
-    decode_later,
+    describe,
     encode_retry,
     of_generation,
     read_history,
     read_standing,
+    store_later,
     to_table,
 )
 from pipeline.job import JobSpec, override, parse_job
@@ -225,14 +226,11 @@ def _without_written(output: Output, history: History, files: Mapping[str, Entry
 
 def _begin(output: Output, before: History, data: bytes, asked: tuple[str, ...]) -> tuple[RetryPlan, str]:
     """The stored plan of this retry, ours if we are first, and its hash."""
-    name = of_generation(PLAN, before.generation + 1)
-    if output.put_once(name, data) == "done":
-        data = output.read(name) or data
-    plan = decode_later(data, before)
+    plan, digest = store_later(output, data, before)
     if not isinstance(plan, RetryPlan):
         raise _extending(output, plan)
     _check_reasons(output, plan, asked)
-    return plan, plan_hash(data)
+    return plan, digest
 
 
 def _extending(output: Output, plan: LaterPlan) -> RunMismatch:
@@ -255,14 +253,7 @@ def _check_reasons(output: Output, plan: RetryPlan, asked: tuple[str, ...]) -> N
 def _record(plan: RetryPlan, digest: str, probe: Probe, recorded: Mapping[str, Any]) -> dict[str, Any]:
     """What _run-g.json says; the job and the identities are in _run.json."""
     return {
-        "kind": "retry",
-        "generation": plan.generation,
-        "parent": plan.generation - 1,
-        "parent_manifest_sha256": plan.parent_sha256,
-        "plan_sha256": digest,
-        "reasons": list(plan.reasons),
-        "images": plan.images,
-        "parts": len(plan.parts),
+        **describe(plan, digest),
         "dtype": probe.dtype,
         "batch_size": recorded["batch_size"],
         "threads_per_worker": recorded["threads_per_worker"],
