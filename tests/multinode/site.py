@@ -2,7 +2,8 @@
 
 * Where Ray gives an actor a GPU (a logical one: the node says that it has it), our code finds a usable device, computes
   by `tests/fake_device.py`, and its results are those of a CPU.
-* The file `slow` among the marks says how long each batch takes, so that there is time to take a node away.
+* The file `slow` among the marks says how long each batch takes, so that there is time to take a node away; while there
+  is a file `hold`, no batch begins, so that a job cannot end before a node has joined.
 """
 
 from __future__ import annotations
@@ -30,7 +31,10 @@ def change_embed(embed):
 
     def prepare(self, batch):
         mark("prepare")
-        time.sleep(float((Path(os.environ["FLEET_MARKS"]) / "slow").read_text()))
+        marks = Path(os.environ["FLEET_MARKS"])
+        time.sleep(float((marks / "slow").read_text()))
+        while (marks / "hold").exists():
+            time.sleep(0.05)
         return real_prepare(self, batch)
 
     def init(self, work, given=None):

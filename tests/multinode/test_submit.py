@@ -105,9 +105,13 @@ def test_nodes_may_go_and_come(fleet: Fleet, nodes: dict[str, str], bed: Path, t
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=fleet.environment,
     )  # fmt: skip
     wait_until(lambda: list(tmp_path.glob("out/model=*/part-*.parquet")) or fleet_job.poll() is not None)
-    parts = len(list(tmp_path.glob("out/model=*/part-*.parquet")))
+    (fleet.marks / "hold").touch()
     fleet.remove(nodes["cpu"])
+    parts = len(list(tmp_path.glob("out/model=*/part-*.parquet")))
     nodes["cpu"] = fleet.add(num_cpus=2)
+    # nothing goes on until the node that joined is used
+    wait_until(lambda: nodes["cpu"] in marks(fleet, "prepare") or fleet_job.poll() is not None)
+    (fleet.marks / "hold").unlink()
     said = fleet_job.communicate(timeout=LIMIT_S)[0]
     assert 0 < parts < SHARDS, "it was over before its node went"
     assert fleet_job.returncode == 0, said
