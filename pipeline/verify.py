@@ -11,7 +11,7 @@ import hashlib
 import json
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -179,20 +179,36 @@ def _check_file(output: Output, entry: Entry, expected: Expected) -> tuple[Check
         if footer.superseded != tuple(reject.to_dict() for reject in planned):
             return "it does not supersede the rejects that its plan has"
     table.validate(full=True)
-    keys: KeysOf = {}
-    for key, shard in zip(table.column("key").to_pylist(), table.column("shard").to_pylist(), strict=True):
-        keys.setdefault(shard, []).append(key)
+    keys = _by_shard(table)
     told = hashlib.sha256(json.dumps(sorted(keys.items())).encode()).digest()
     return Checked(footer, told, entry.size_bytes), keys
 
 
+def _by_shard(table: pa.Table) -> KeysOf:
+    keys, shards = table.column("key").to_pylist(), table.column("shard")
+    found: KeysOf = {shard: [] for shard in shards.unique().to_pylist()}
+    if len(found) == 1:  # as in most parts
+        return dict.fromkeys(found, keys)
+    for key, shard in zip(keys, shards.to_pylist(), strict=True):
+        found[shard].append(key)
+    return found
+
+
 class Keys:
-    """Keys that are there twice in one shard, within a model. Of a shard they are kept, as digests, until the last part
-    that has rows of it: whole tars need no memory, one list or folder of everything needs it for each row."""
+    """Keys that are there twice in one shard, within a model. Of a shard they are kept until the last part that has
+    rows of it, as digests where several have: whole tars need no memory, one list or folder of everything needs it for
+    each row."""
 
     def __init__(self, plan: Plan) -> None:
-        self.last = {piece.uri: part.index for part in plan.parts for piece in part.pieces}  # part, by shard
-        self.kept: dict[tuple[str, str], set[bytes]] = {}  # by model and shard
+        self.last, self.whole = dict[str, int](), set[str]()  # part, by shard; the shards that lie in one part
+        for part in plan.parts:
+            for piece in part.pieces:
+                if piece.uri not in self.last:
+                    self.whole.add(piece.uri)
+                elif self.last[piece.uri] != part.index:
+                    self.whole.discard(piece.uri)
+                self.last[piece.uri] = part.index
+        self.kept: dict[tuple[str, str], set[str] | set[bytes]] = {}  # by model and shard
         self.twice: Counter[tuple[str, str, str]] = Counter()
         self.part = -1
 
@@ -202,16 +218,24 @@ class Keys:
             self.kept = {of: kept for of, kept in self.kept.items() if self.last.get(of[1], part) >= part}
             self.part = part
         for shard, of_shard in keys.items():
-            kept = self.kept.setdefault((model, shard), set())
-            for key in of_shard:
-                digest = hashlib.blake2b(key.encode("utf-8", "surrogatepass"), digest_size=16).digest()
-                if digest in kept:
-                    self.twice[model, shard, key] += 1
-                kept.add(digest)
+            kept: set[Any] = self.kept.setdefault((model, shard), set())
+            told: Sequence[Any] = of_shard if shard in self.whole else [_digest(key) for key in of_shard]
+            new = set(told)
+            if len(new) < len(told) or not kept.isdisjoint(new):
+                seen = set(kept)
+                for key, one in zip(of_shard, told, strict=True):
+                    if one in seen:
+                        self.twice[model, shard, key] += 1
+                    seen.add(one)
+            kept |= new
 
     def problems(self) -> Iterator[str]:
         for (model, shard, key), more in self.twice.items():
             yield f"model `{model}`: key `{key}` of {shard} is there {more + 1} times"
+
+
+def _digest(key: str) -> bytes:
+    return hashlib.blake2b(key.encode("utf-8", "surrogatepass"), digest_size=16).digest()
 
 
 def _between_models(good: dict[str, Checked]) -> Iterator[str]:

@@ -18,7 +18,9 @@ import pytest
 from pipeline.commit import PLAN, RECORDS, SUCCESS, Output, seal
 from pipeline.driver import run
 from pipeline.errors import InputError
-from pipeline.verify import verify
+from pipeline.plan import Plan
+from pipeline.schema import Part, Piece
+from pipeline.verify import Keys, verify
 from pipeline.write import DIGEST_KEY, _encode, _seal, is_intact
 from tests.small import make_checkpoint, make_shards, small_job
 
@@ -193,6 +195,38 @@ TAMPERINGS = [
 def test_tampering_is_found(output: Path, finished: Path, tamper: Callable[[Path, Path], None]) -> None:
     tamper(output, finished)
     assert verify(Output.at(str(output)))
+
+
+def test_a_key_that_is_there_twice_is_named(output: Path) -> None:
+    path = part(output)
+    table, said = pq.ParquetFile(path).read(), pq.read_metadata(path).metadata
+    metadata = {k.decode(): v.decode() for k, v in said.items() if k not in (b"ARROW:schema", DIGEST_KEY)}
+    keys = table["key"].to_pylist()
+    twice = table.set_column(0, table.field("key"), pa.array([keys[1], *keys[1:]]))
+    path.write_bytes(_seal(_encode(twice, metadata)))
+    problems = verify(Output.at(str(output)))
+    assert [f"key `{keys[1]}` of {table['shard'][0]} is there 2 times" in problem for problem in problems].count(
+        True
+    ) == 1
+
+
+def test_keys_are_compared_wherever_a_shard_has_rows() -> None:
+    """Within a file, between a part and its retry, between the parts of one shard; not between shards or models."""
+    whole, spread = Piece("whole.tar", 9, ""), [Piece("spread.tar", 9, "", start, start + 3) for start in (0, 3, 6)]
+    parts = tuple(Part(i, pieces) for i, pieces in enumerate([(whole, spread[0]), (spread[1],), (spread[2],)]))
+    keys = Keys(Plan(parts, {}))
+    keys.add("m", 0, {"whole.tar": ["a", "b", "a", "a"], "spread.tar": ["a", "c"]})
+    keys.add("m", 0, {"whole.tar": ["b", "d"]})  # of a retry
+    keys.add("n", 0, {"whole.tar": ["a", "d"], "gone.tar": ["a"]})
+    keys.add("m", 1, {"spread.tar": ["b", "d"], "gone.tar": ["a"]})
+    assert not [of for of in keys.kept if "whole.tar" in of], "no part that follows has rows of it"
+    keys.add("m", 2, {"spread.tar": ["e", "c", "c"], "gone.tar": ["a"]})
+    assert sorted(keys.problems()) == [
+        "model `m`: key `a` of gone.tar is there 2 times",
+        "model `m`: key `a` of whole.tar is there 3 times",
+        "model `m`: key `b` of whole.tar is there 2 times",
+        "model `m`: key `c` of spread.tar is there 3 times",
+    ]
 
 
 @pytest.mark.parametrize("name", (*RECORDS, SUCCESS))
