@@ -50,9 +50,9 @@ class Subject:
 SUBJECTS = (
     Subject(models.Subject("facebook/levit-128S", {}), {"float32": (16, 48), "bfloat16": (32, 96)},
             {"float32": 2.0, "bfloat16": 2.0}, 3.5),
-    Subject(models.Subject("google/bit-50", {}), {"float32": (2, 6), "bfloat16": (6, 18)},
+    Subject(models.Subject("google/bit-50", {}), {"float32": (6, 18), "bfloat16": (6, 18)},
             {"float32": 2.0, "bfloat16": 2.0}, 7.0),
-    Subject(models.Subject("microsoft/beit-base-patch16-224", {}), {"float32": (2, 6), "bfloat16": (4, 12)},
+    Subject(models.Subject("microsoft/beit-base-patch16-224", {}), {"float32": (3, 9), "bfloat16": (4, 12)},
             {"float32": 1.1, "bfloat16": 1.25}, 4.5),
 )  # fmt: skip
 _NO_UNITS = ", without units that multiply bfloat16 matrices, so its floors are not asked"
