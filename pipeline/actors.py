@@ -23,9 +23,10 @@ import pyarrow as pa
 import ray
 
 from pipeline import flight, stacks
+from pipeline.allocator import keep_freed_memory
 from pipeline.apart import Apart, ReadApart
 from pipeline.batch import Batch, Embedded, Failed, Prepared, Work, cut
-from pipeline.embed import Embedder, Preparer, keep_freed_memory
+from pipeline.embed import Embedder, Preparer
 from pipeline.logs import at_part, begin_worker
 from pipeline.meter import Idle
 from pipeline.read import Source

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline import ask, logs, look
+from pipeline.allocator import share_one_arena
 from pipeline.errors import Img2ParquetError, Stopped, UserError
 from pipeline.exports import command as exports
 from pipeline.signals import Signals
@@ -30,6 +31,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """argv: None for the command itself, whose local jobs run below a supervisor; a list is done in this process.
 
     Exit code 0 done, 1 failed, 2 misuse; 143 after SIGTERM, 130 after Ctrl-C."""
+    share_one_arena()
     arguments = _parser().parse_args(argv)
     if getattr(arguments, "log_format", "text") == "json":
         logs.use_json()

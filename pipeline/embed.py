@@ -9,11 +9,9 @@ stage of CPU tasks. A reject leaves a hole in its batch and shifts nothing.
 
 from __future__ import annotations
 
-import ctypes
 import sys
 import time
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from types import ModuleType
@@ -23,6 +21,7 @@ import numpy as np
 import pyarrow as pa
 
 from pipeline import flight
+from pipeline.allocator import keep_freed_memory
 from pipeline.batch import Batch, Crops, Embedded, Failed, Prepared, Work
 from pipeline.decode import DecodePolicy, Shrink, decode
 from pipeline.device import Device, Lane, open_device
@@ -208,17 +207,6 @@ class Embedder:
 
     def _crops(self, forward: Forward, prepared: Prepared) -> Crops:
         return prepared.crops[forward.model.card.preprocess.geometry]
-
-
-def keep_freed_memory() -> None:
-    """Tell glibc to reuse large blocks instead of returning them: page faults of fresh ones cost up to a third of a
-    forward pass (research: models, 4.3). The process keeps its peak. Does nothing on other C libraries."""
-    trim_threshold, top_pad, mmap_threshold = -1, -2, -3  # M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD of malloc.h
-    with suppress(OSError, AttributeError):
-        mallopt = ctypes.CDLL("libc.so.6").mallopt
-        mallopt(mmap_threshold, 1 << 30)
-        mallopt(trim_threshold, (1 << 31) - 1)
-        mallopt(top_pad, 64 << 20)
 
 
 def result_schema(job: JobSpec, model: ModelJob, card: Card) -> pa.Schema:

@@ -19,8 +19,8 @@ LAYERS = [
     {"errors"},
     {"schema", "vectors"},
     {"storage"},
-    # what an image's first bytes say; what stages did; where models run; what threads are at
-    {"headers", "meter", "device", "gpus", "flight", "stacks"},
+    # what an image's first bytes say; what stages did; where models run; what threads are at; the C library's memory
+    {"headers", "meter", "device", "gpus", "flight", "stacks", "allocator"},
     {"logs", "metrics"},  # what is said of a job while it runs
     {"tell"},  # what commands print
     {"read", "decode", "preprocess", "models", "outputs"},

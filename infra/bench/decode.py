@@ -79,7 +79,7 @@ def prepare(name: str, files: Sequence[bytes]) -> Call:
     """Runs in the contestant's own process."""
     one = next(one for one in CONTESTANTS if one.name == name)
     if one.allocator:
-        from pipeline.embed import keep_freed_memory
+        from pipeline.allocator import keep_freed_memory
 
         keep_freed_memory()
     return one.make(files)

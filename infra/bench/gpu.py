@@ -323,7 +323,8 @@ def counted(results: Iterator[Any], settings: Settings) -> Rate:
 
 
 def _start(work: Work) -> None:
-    from pipeline.embed import Preparer, keep_freed_memory
+    from pipeline.allocator import keep_freed_memory
+    from pipeline.embed import Preparer
 
     global _prepare_here
     keep_freed_memory()

@@ -112,7 +112,7 @@ def measure(subject: Subject, rules: Rules, batch: int, threads: int) -> dict[st
 def prepare(one: Contestant, folder: str, size: int, batch: int, threads: int) -> Call:
     """Runs in the contestant's own process."""
     if one.keeps_memory:
-        from pipeline.embed import keep_freed_memory
+        from pipeline.allocator import keep_freed_memory
 
         keep_freed_memory()
     import torch

@@ -73,8 +73,9 @@ def _together(started: Mapping[str, Connection], names: Sequence[str], calls: in
 
 def prepare(stage: str, spec: str) -> Call:
     """In the stage's own process: one call is one batch, or one part for `encode`; it gives how many images that is."""
+    from pipeline.allocator import keep_freed_memory
     from pipeline.batch import Batch, Embedded, cut
-    from pipeline.embed import Embedder, Preparer, keep_freed_memory
+    from pipeline.embed import Embedder, Preparer
 
     keep_freed_memory()
     work, plan = _planned(spec)

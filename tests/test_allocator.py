@@ -1,0 +1,57 @@
+"""What the C library's allocator was told is what it does. Each in a process of its own: it cannot be taken back."""
+
+from __future__ import annotations
+
+import platform
+import subprocess
+import sys
+
+import pytest
+
+pytestmark = pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other C libraries are left as they are")
+
+ARENAS = """
+import ctypes, sys, threading
+def work():
+    block = ctypes.create_string_buffer(5000)
+    met.wait()
+met = threading.Barrier(4)
+threads = [threading.Thread(target=work) for _ in range(4)]
+for thread in threads: thread.start()
+for thread in threads: thread.join()
+libc = ctypes.CDLL("libc.so.6")
+libc.fopen.restype = ctypes.c_void_p
+file = ctypes.c_void_p(libc.fopen(b"/dev/stdout", b"w"))
+libc.malloc_info(0, file)
+libc.fclose(file)
+"""
+FAULTS = """
+import ctypes, resource
+libc = ctypes.CDLL("libc.so.6")
+libc.malloc.restype, libc.memset.argtypes, libc.free.argtypes = (
+    ctypes.c_void_p, (ctypes.c_void_p, ctypes.c_int, ctypes.c_size_t), (ctypes.c_void_p,)
+)
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    block = libc.malloc(100 << 20)
+    libc.memset(block, 1, 100 << 20)
+    libc.free(block)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+faults()
+print(faults())
+"""
+
+
+def said(*code: str) -> str:
+    return subprocess.run([sys.executable, "-c", "\n".join(code)], capture_output=True, text=True, check=True).stdout
+
+
+def test_threads_of_the_command_share_one_arena() -> None:
+    begin = 'from pipeline.cli import main\ntry: main(["--version"])\nexcept SystemExit: pass'
+    assert said(ARENAS).count("<heap nr=") > 1, "each has its own, if nobody says otherwise"
+    assert said(begin, ARENAS).count("<heap nr=") == 1
+
+
+def test_freed_memory_is_kept() -> None:
+    keep = "from pipeline.allocator import keep_freed_memory; keep_freed_memory()"
+    assert int(said(FAULTS)) > 1000 > 100 > int(said(keep, FAULTS))
