@@ -9,7 +9,7 @@ The way of one image, a file for each step:
     preprocess.py   pixels -> uint8 crop of the model's size
     models/         crops -> features (pooled, logits, tokens, maps)
     outputs/        features -> columns
-    embed.py        the worker: one batch through the five steps above
+    embed.py        the worker: one batch through the five steps above; allocator.py: the C library's, as it is told
     write.py        a part's rows and rejects -> one encoded Parquet file per model
     commit.py       encoded part -> created once, or found done, or unknown
     local.py, cluster.py   who runs it: this process, or a Ray Data graph (actors.py: its workers)

@@ -1,8 +1,9 @@
 """infra/kuberay and infra/cluster: valid by the schemas of those who read them, and fit for what the program does.
 
 * Pod templates, the budget and the service account: Kubernetes' own published schemas (`kubernetes-validate` has them).
-* The RayJob around them: `rayjob.schema.json`, written from the documented fields of ray.io/v1. Where KUBERAY_CRD names
-  the operator's released CRD (`ray.io_rayjobs.yaml`), that one is asked too.
+* The RayJob around them: `rayjob.schema.json`, written from the documented fields of ray.io/v1 and read against the
+  operator's types (its ray-operator/apis/ray/v1, of which the CRD is made). Where KUBERAY_CRD names the operator's
+  released CRD (`ray.io_rayjobs.yaml`), that one is asked too.
 * The file of `ray up`: the schema in Ray itself.
 """
 
