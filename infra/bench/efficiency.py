@@ -38,7 +38,7 @@ class Subject:
 SUBJECTS = (
     Subject("decode-only", models.Subject("facebook/vit-msn-small", {}, changes=TINY), (320, 960)),
     Subject("levit-128S", models.Subject("facebook/levit-128S", {}), (160, 480)),
-    Subject("beit-base", models.Subject("microsoft/beit-base-patch16-224", {}), (16, 48)),
+    Subject("beit-base", models.Subject("microsoft/beit-base-patch16-224", {}), (8, 24)),
 )
 QUICK_SHARDS = (2, 6)
 COLUMNS = (
