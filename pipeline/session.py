@@ -55,7 +55,7 @@ LAST_SNAPSHOT_S = 2.0  # of the grace that a signal leaves
 
 @dataclass
 class Tally:
-    """What a run has done so far; `on_change` is called with it whenever it changes."""
+    """What a run has done so far; `on_change` is called with it whenever it changes, by one thread at a time."""
 
     output_uri: str
     parts: int = 0
@@ -98,6 +98,7 @@ class Session:
         self.footers = Footers(plan)
         self.kept_bytes = 0
         self.lock = threading.Lock()  # of the tally's and the footers' changes by the committing threads
+        self.telling = threading.Lock()  # of `on_change`, which is called by one thread at a time
         self.name = f"{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}-{secrets.token_hex(3)}"
         self.snapshots, self.next_snapshot_s = 0, FIRST_SNAPSHOT_S
         self.meter, self.signals, self.watch = Meter({}), Signals(), Watch(work.job.resources.stall_s)
@@ -110,7 +111,7 @@ class Session:
 
     def run(self, runner: ModuleType, signals: Signals | None = None) -> None:
         """Do what is left. Raises JobFailed when parts could not be done, StorageError, Stopped by one of `signals`."""
-        self.on_change(self.tally)
+        self._changed()
         if not self.left:
             return
         self.output.check_store()
@@ -224,7 +225,11 @@ class Session:
             self.tally.rows_in += result.images
             self.tally.rows_rejected += len(_images(result))
             self.rejects.update((model, one.reason) for model, rejects in result.rejects.items() for one in rejects)
-        self.on_change(self.tally)
+        self._changed()
+
+    def _changed(self) -> None:
+        with self.telling:
+            self.on_change(self.tally)
 
     def _make_room(self) -> None:
         """Wait until there is room for one more commit, or a signal came. Raises what a commit raised."""
@@ -249,7 +254,7 @@ class Session:
             self._told(model, name, encoded, encoded_at - started, stored_s)
         with self.lock:
             self.tally.parts_committed += 1
-        self.on_change(self.tally)
+        self._changed()
 
     def _told(self, model: str, name: str, encoded: EncodedPart, encode_s: float, stored_s: float) -> None:
         with self.lock:

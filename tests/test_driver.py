@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import tarfile
+import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -294,6 +296,22 @@ def test_status_and_results_while_a_job_is_under_way(shards: str, checkpoint: Pa
     last = status(job.output.uri)
     assert last.is_complete
     assert (last.rows_in, last.rejected) == (ROWS, len(BROKEN))
+
+
+def test_changes_are_told_by_one_thread_at_a_time(shards: str, checkpoint: Path, tmp_path: Path) -> None:
+    """Parts are committed by several."""
+    inside, overlapped, tellers = threading.Lock(), list[object](), set[int]()
+
+    def look(tally: object) -> None:
+        tellers.add(threading.get_ident())
+        if not inside.acquire(blocking=False):
+            overlapped.append(tally)
+            return
+        time.sleep(0.02)
+        inside.release()
+
+    run(small_job(shards, checkpoint, str(tmp_path / "out")), "local", on_change=look)  # type: ignore[arg-type]
+    assert len(tellers) > 1 and not overlapped
 
 
 def test_empty_and_missing_inputs(checkpoint: Path, tmp_path: Path) -> None:

@@ -71,7 +71,7 @@ def test_the_four_commands(after_the_demo: Path, capsys: pytest.CaptureFixture[s
 
 def test_the_readme_is_one_page_and_its_links_lead_somewhere() -> None:
     text = (ROOT / "README.md").read_text()
-    assert len(text.splitlines()) <= 150
+    assert len(text.splitlines()) <= 155
     for path in ("README.md", "infra/MANUAL.md"):
         body = (ROOT / path).read_text()
         links = [*re.findall(r"\]\(([^)\s]+)\)", body), *re.findall(r'src="([^"]+)"', body)]
