@@ -5,7 +5,6 @@ And to the process that watches this one, if there is one: it counts deaths betw
 from __future__ import annotations
 
 import sys
-import threading
 import time
 from typing import TextIO
 
@@ -16,30 +15,28 @@ PLAIN_EVERY_S = 10.0
 
 
 class Progress:
-    """Called with the tally whenever it changes, from any thread; prints to stderr."""
+    """Called with the tally whenever it changes, by one thread at a time; prints to stderr."""
 
     def __init__(self, stream: TextIO | None = None) -> None:
         self.stream = stream or sys.stderr
         self.live = self.stream.isatty() and not logs.is_json()
-        self.lock = threading.Lock()
         self.printed_at = 0.0
         self.printed_parts = -1
 
     def __call__(self, tally: Tally) -> None:
         flight.committed(tally.parts_committed)
-        with self.lock:
-            now = time.monotonic()
-            every = 0.2 if self.live else PLAIN_EVERY_S
-            ended = tally.parts_committed + tally.parts_done_before == tally.parts
-            if now - self.printed_at < every and not (ended and tally.parts_committed != self.printed_parts):
-                return
-            self.printed_at, self.printed_parts = now, tally.parts_committed
-            text = describe(tally)
-            if logs.is_json():
-                logs.tell(text, stream=self.stream, fields=as_fields(tally))
-                return
-            self.stream.write(f"\r\x1b[2K{text}" if self.live else text + "\n")
-            self.stream.flush()
+        now = time.monotonic()
+        every = 0.2 if self.live else PLAIN_EVERY_S
+        ended = tally.parts_committed + tally.parts_done_before == tally.parts
+        if now - self.printed_at < every and not (ended and tally.parts_committed != self.printed_parts):
+            return
+        self.printed_at, self.printed_parts = now, tally.parts_committed
+        text = describe(tally)
+        if logs.is_json():
+            logs.tell(text, stream=self.stream, fields=as_fields(tally))
+            return
+        self.stream.write(f"\r\x1b[2K{text}" if self.live else text + "\n")
+        self.stream.flush()
 
     def close(self) -> None:
         if self.live and self.printed_at:
