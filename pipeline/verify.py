@@ -222,12 +222,12 @@ class Keys:
             told: Sequence[Any] = of_shard if shard in self.whole else [_digest(key) for key in of_shard]
             new = set(told)
             if len(new) < len(told) or not kept.isdisjoint(new):
-                seen = set(kept)
                 for key, one in zip(of_shard, told, strict=True):
-                    if one in seen:
+                    if one in kept:
                         self.twice[model, shard, key] += 1
-                    seen.add(one)
-            kept |= new
+                    kept.add(one)
+            else:
+                kept |= new
 
     def problems(self) -> Iterator[str]:
         for (model, shard, key), more in self.twice.items():
