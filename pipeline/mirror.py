@@ -152,11 +152,12 @@ def _begin(records: Output, history: History, later: LaterPlan, labeller: Labell
     if history.generation < generation:
         parent = records.read(of_generation(MANIFEST, generation - 1))
         assert parent is not None, "all before is whole"
-        plan, _ = store_later(records, _encode(later, parent, history, labeller), history)
+        plan, digest = store_later(records, _encode(later, parent, history, labeller), history)
         history = History(history.first, (*history.later, plan))
-    plan = history.later[generation - 1]
-    data = records.read(of_generation(PLAN, generation)) or b""
-    records.record(of_generation(RUN, generation), describe(plan, plan_hash(data)))
+    else:
+        plan = history.later[generation - 1]
+        digest = plan_hash(records.read(of_generation(PLAN, generation)) or b"")
+    records.record(of_generation(RUN, generation), describe(plan, digest))
     return history
 
 
