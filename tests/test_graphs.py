@@ -87,7 +87,7 @@ def test_a_graph_is_used_where_it_is_faster_and_gives_the_same(caplog: pytest.Lo
     model.launch_s = 10.0  # only replays from here on
     for _ in range(5):
         made(model, torch.zeros((4, 8, 8, 3), dtype=torch.uint8), WANTS)
-    assert time.perf_counter() - started < 5
+    assert time.perf_counter() - started < model.launch_s
 
 
 def test_features_outlive_the_next_replay() -> None:

@@ -117,7 +117,7 @@ def test_idle_time_is_between_batches_and_the_first_is_start_up() -> None:
     assert idle.end() == 0
     idle.begin()
     time.sleep(0.03)
-    assert 0.03 <= idle.end() < 0.3
+    assert 0.03 <= idle.end() < 10
 
 
 def test_start_up_and_blocked_time_are_apart() -> None:
@@ -128,5 +128,5 @@ def test_start_up_and_blocked_time_are_apart() -> None:
     with meter.blocked():
         time.sleep(0.02)
     measured = meter.measured()
-    assert 0.02 <= measured.startup_s < 0.3
-    assert 0.02 <= measured.blocked_s <= measured.seconds < 0.3
+    assert 0.02 <= measured.startup_s < 10
+    assert 0.02 <= measured.blocked_s <= measured.seconds < 10

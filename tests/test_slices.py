@@ -209,11 +209,11 @@ def test_a_task_that_is_told_to_end_is_queued_again(tmp_path: Path, commands: Pa
     one = task(commands, tmp_path, 4, 6)
     assert one.stdout is not None and one.stdout.readline() == "up\n"
     one.send_signal(signal.SIGTERM)
-    one.communicate(timeout=60)
+    one.communicate(timeout=300)
     assert one.returncode == 0 and (commands / "asked").read_text() == "requeue 77_4\n"
     (commands / "srun").write_text("#!/bin/bash\nexit 143\n")
     for more, code in (({"MOST_RESTARTS": "3", "SLURM_RESTART_COUNT": "3"}, 143), ({"SLURM_ARRAY_TASK_STEP": "2"}, 2)):
         refused = task(commands, tmp_path, 0, 6, **more)
-        refused.communicate(timeout=60)
+        refused.communicate(timeout=300)
         assert refused.returncode == code
     assert (commands / "asked").read_text() == "requeue 77_4\n"

@@ -44,7 +44,7 @@ def start(lives: Path, body: str, **options: bool) -> subprocess.Popen[str]:
 def run(lives: Path, body: str) -> tuple[int, str, str]:
     process = start(lives, body)
     try:
-        out, err = process.communicate(timeout=60)
+        out, err = process.communicate(timeout=300)
     finally:
         process.kill()
     return process.returncode, out, err
@@ -132,7 +132,7 @@ sys.exit(9)"""
     while not (lives.exists() and "ready" in lives.read_text()):
         time.sleep(0.02)
     os.killpg(process.pid, number)  # as a terminal does: to the whole foreground group
-    out, _ = process.communicate(timeout=30)
+    out, _ = process.communicate(timeout=300)
     assert (process.returncode, out) == (9, "[1]\nsupervisor 9\n")
 
 
@@ -141,7 +141,7 @@ def test_a_signal_that_was_meant_ends_both_the_same_way(lives: Path) -> None:
     wait_for(lives)
     time.sleep(0.2)
     process.terminate()
-    process.communicate(timeout=30)
+    process.communicate(timeout=300)
     assert process.returncode == -signal.SIGTERM and len(lives.read_text().split()) == 1
 
 
@@ -157,7 +157,7 @@ time.sleep(60)"""
     while not (lives.exists() and "ready" in lives.read_text()):
         time.sleep(0.02)
     process.terminate()
-    process.communicate(timeout=30)
+    process.communicate(timeout=300)
     assert process.returncode == -signal.SIGKILL and len(lives.read_text().split()) == 2
 
 
@@ -165,7 +165,7 @@ def test_the_driver_dies_with_its_supervisor(lives: Path) -> None:
     process = start(lives, "time.sleep(60)")
     driver = wait_for(lives)
     process.kill()
-    process.communicate(timeout=30)
+    process.communicate(timeout=300)
     deadline = time.monotonic() + 10
     while Path(f"/proc/{driver}").exists() and time.monotonic() < deadline:
         if re.search(r"State:\s+Z", Path(f"/proc/{driver}/status").read_text()):
@@ -187,5 +187,5 @@ print("on time")"""
     process.send_signal(signal.SIGTSTP)
     time.sleep(2)
     process.send_signal(signal.SIGCONT)
-    out, err = process.communicate(timeout=30)
+    out, err = process.communicate(timeout=300)
     assert (process.returncode, out, err) == (0, "on time\nsupervisor 0\n", "")

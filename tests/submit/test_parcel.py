@@ -36,7 +36,7 @@ def test_what_is_uploaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     assert sum(path.stat().st_size for path in files) < 3 << 20
     assert environment["working_dir"] == str(folder) and set(environment) == {"working_dir", "env_vars"}
     ran = subprocess.run(  # it is the whole package: it works from there
-        [sys.executable, "-m", "pipeline.cli", "schema"], cwd=folder, capture_output=True, text=True, timeout=60,
+        [sys.executable, "-m", "pipeline.cli", "schema"], cwd=folder, capture_output=True, text=True, timeout=300,
         env={"PATH": "/usr/bin:/bin"},
     )  # fmt: skip
     assert ran.returncode == 0 and json.loads(ran.stdout)["title"] == "img2parquet job"
@@ -80,7 +80,7 @@ def test_a_cluster_without_what_is_needed_says_so(
     parcel(small_job(*BUCKET), "x", install).pack(tmp_path)
     (tmp_path / "needs.json").write_text(json.dumps({**needs(install), **change}))
     command = [sys.executable, "arrive.py", "schema"]
-    ran = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    ran = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert ran.returncode == 2 and said in ran.stderr and ran.stdout == ""
     assert ran.stderr.count("\n") == 2 and "hint: " in ran.stderr
 
@@ -88,7 +88,7 @@ def test_a_cluster_without_what_is_needed_says_so(
 def test_a_cluster_that_has_it_goes_on(tmp_path: Path) -> None:
     parcel(small_job(*BUCKET), "x").pack(tmp_path)
     command = [sys.executable, "arrive.py", "schema"]
-    ran = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    ran = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert ran.returncode == 0 and ran.stdout.startswith("{")
 
 
