@@ -386,7 +386,9 @@ def test_a_bomb_costs_no_memory(tmp_path: Path) -> None:
     names = [tmp_path / str(i) for i in range(len(bombs) + 1)]
     for name, data in zip(names, [JPEG, *bombs], strict=True):
         name.write_bytes(data)
-    done = subprocess.run([sys.executable, "-c", MEASURE, *map(str, names)], capture_output=True, text=True, timeout=300)
+    done = subprocess.run(
+        [sys.executable, "-c", MEASURE, *map(str, names)], capture_output=True, text=True, timeout=300
+    )
     assert done.returncode == 0, done.stderr
     assert int(done.stdout) < 24, f"{done.stdout} MiB"
 
