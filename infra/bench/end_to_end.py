@@ -29,8 +29,8 @@ from infra.bench.stages import resolved_dtype
 
 OURS = {"ours, local": "local", "ours, ray": "ray"}
 CONTENDS = 0.85  # of the best peer's speed in the first round: who is slower is measured once
-# Daft's own JPEG decoder is further from libjpeg than a resize is: BiT-50 over 576 images 0.9820, and 0.9997 when Daft's
-# model decodes with Pillow instead
+# Daft's own JPEG decoder is further from libjpeg than a resize is: BiT-50 over 576 images 0.9820, where 0.9997 when
+# Daft's job decodes with Pillow instead
 OWN_DECODER_COSINE = 0.98
 LEAST_COSINE = {"float32": 0.999, "bfloat16": 0.9}  # bfloat16 loses more than a resize that rounds in another order
 
