@@ -24,7 +24,7 @@ import pyarrow.parquet as pq
 
 from pipeline.errors import AccessDenied, AlreadyExists, NotFound, OutcomeUnknown, RunMismatch, StorageError
 from pipeline.listing import Listing, parse_name
-from pipeline.plan import Plan, check_same_run, decode_plan, encode_plan, plan_hash
+from pipeline.plan import Plan, check_same_run, decode_plan, encode_plan, plan_hash, readable
 from pipeline.read.fetch import fetch_in_order
 from pipeline.storage import Entry, Store, join, resolve
 from pipeline.storage.retries import RETRIES
@@ -167,13 +167,8 @@ class Output:
         return None if data is None else self._decoded(data)
 
     def _decoded(self, plan: bytes) -> Plan:
-        try:
+        with readable(join(self.uri, PLAN)):
             return decode_plan(plan)
-        except (pa.ArrowException, LookupError, TypeError, ValueError) as error:
-            what = (str(error).splitlines() or [type(error).__name__])[0]
-            raise StorageError(
-                f"{join(self.uri, PLAN)}: cannot be read: {what}", hint="put back the file that the run wrote"
-            ) from None
 
     def files(self) -> Listing:
         """Everything here, by its name below the output's folder. One listing."""

@@ -24,8 +24,9 @@ from pipeline.commit import PLAN, RECORDS, REJECTS, SUCCESS, Footer, Output
 from pipeline.errors import RunMismatch
 from pipeline.listing import parse_name
 from pipeline.packed import joined
-from pipeline.plan import Plan, decode_plan, encode_plan, plan_hash
+from pipeline.plan import Plan, decode_plan, encode_plan, plan_hash, readable
 from pipeline.schema import Part, Reject, Wanted
+from pipeline.storage import join
 
 REJECT_SCHEMA = pa.schema(
     [
@@ -165,27 +166,30 @@ class History:
 
 
 def read_history(output: Output, plan: Plan, there: Iterable[str]) -> History:
-    """The plans of the generations after `plan`. Raises RunMismatch for one that is missing or of another kind."""
+    """The plans of the generations after `plan`. Raises RunMismatch for one that is missing or of another kind,
+    StorageError for one that is damaged."""
     numbers = sorted(int(match[1]) for name in there if (match := LATER_PLAN.fullmatch(name)))
     history = History(plan)
     for number in range(1, (numbers[-1] if numbers else 0) + 1):
-        data = output.read(of_generation(PLAN, number))
+        name = of_generation(PLAN, number)
+        data = output.read(name)
         if data is None:
             raise RunMismatch(
-                f"{output.uri}: {of_generation(PLAN, number)} is gone, and later ones are there",
-                hint="put it back, or use another output.uri",
+                f"{output.uri}: {name} is gone, and later ones are there", hint="put it back, or use another output.uri"
             )
-        history = History(plan, (*history.later, decode_later(data, history)))
+        with readable(join(output.uri, name)):
+            history = History(plan, (*history.later, decode_later(data, history)))
     return history
 
 
 def store_later(output: Output, data: bytes, before: History) -> tuple[LaterPlan, str]:
     """The stored plan of the generation after `before`, ours (`data`) if we are first, and its hash. Raises
-    RunMismatch."""
+    RunMismatch, StorageError where it is damaged."""
     name = of_generation(PLAN, before.generation + 1)
     if output.put_once(name, data) == "done":
         data = output.read(name) or data
-    return decode_later(data, before), plan_hash(data)
+    with readable(join(output.uri, name)):
+        return decode_later(data, before), plan_hash(data)
 
 
 def describe(plan: LaterPlan, digest: str) -> dict[str, Any]:
@@ -243,6 +247,12 @@ def encode_retry(rejects: pa.Table, generation: int, parent: bytes, reasons: Seq
 
 def _decode_retry(data: bytes, before: History, about: Mapping[str, Any]) -> RetryPlan:
     table = pq.read_table(pa.BufferReader(data))
+    table.validate(full=True)
+    if (
+        table.schema.types != REJECT_SCHEMA.types
+        or not set(table["model"].to_pylist()) <= before.plan.identities.keys()
+    ):
+        raise ValueError("its rejects are not of this run")
     rejects = by_part_and_model(table)
     parts = before.plan.parts  # the index of a part is its place
     return RetryPlan(

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import overload
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from pipeline.schema import Part, Piece
 
@@ -80,6 +81,18 @@ class Parts(Sequence[Part]):
     def _batches(self, start: int, count: int) -> list[pa.RecordBatch]:
         batches: list[pa.RecordBatch] = self.table.slice(start, count).to_batches()
         return batches
+
+
+def checked(table: pa.Table) -> pa.Table:
+    """The columns of a stored plan, which are decoded later. Raises ValueError where damage has left other ones."""
+    if table.schema.names != SCHEMA.names or table.schema.types != SCHEMA.types:
+        raise ValueError(f"its columns are {', '.join(f'{field.name}: {field.type}' for field in table.schema)}")
+    table.validate(full=True)
+    pieces = pa.chunked_array([chunk.flatten() for chunk in table["pieces"].chunks], PIECE_TYPE)
+    of_each = [pc.struct_field(pieces, name) for name in ("uri", "size_bytes", "etag", "start")]
+    if any(column.null_count for column in (*table.columns, pieces, *of_each)):
+        raise ValueError("a value is missing")
+    return table
 
 
 def joined(runs: Iterable[Sequence[Part]]) -> Parts:

@@ -9,6 +9,7 @@ import hashlib
 import json
 from array import array
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -16,10 +17,10 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.errors import InputError, JobError, RunMismatch
+from pipeline.errors import InputError, JobError, RunMismatch, StorageError
 from pipeline.job import JobSpec, differences, identity, identity_hash
 from pipeline.models import Card
-from pipeline.packed import SCHEMA, Names, Parts
+from pipeline.packed import SCHEMA, Names, Parts, checked
 from pipeline.read import PartLimits
 from pipeline.schema import Part, part_id
 from pipeline.storage import Entry
@@ -217,9 +218,20 @@ def encode_plan(plan: Plan, about: Mapping[bytes, str] | None = None) -> bytes:
 
 
 def decode_plan(data: bytes) -> Plan:
+    """Raises one of several errors where the bytes are damaged: see `readable`."""
     file = pq.ParquetFile(pa.BufferReader(data))
     identities = json.loads(file.schema_arrow.metadata[b"img2parquet.identities"])
-    return Plan(Parts(file.read(["index", "pieces"])), identities)
+    return Plan(Parts(checked(file.read(["index", "pieces"]))), identities)
+
+
+@contextmanager
+def readable(uri: str) -> Iterator[None]:
+    """Whatever decoding stumbles over in the damaged plan at `uri` is a StorageError that names it."""
+    try:
+        yield
+    except (pa.ArrowException, OSError, LookupError, TypeError, ValueError) as error:
+        what = (str(error).splitlines() or [type(error).__name__])[0] or "its pages are damaged"
+        raise StorageError(f"{uri}: cannot be read: {what}", hint="put back the file that the run wrote") from None
 
 
 def plan_hash(data: bytes) -> str:

@@ -10,6 +10,11 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline.cli import main
+from pipeline.commit import Output
+from pipeline.errors import RunMismatch, StorageError
+from pipeline.generations import encode_extension, encode_retry, of_generation, read_history, to_table
+from pipeline.plan import Plan
+from pipeline.schema import Part, Piece, Reject
 from tests.finished import small_run
 
 FIRST, LATER, PLAN, RUN = "model=tiny/part-000000-*", "model=tiny/part-000003-*", "_plan.parquet", "_run.json"
@@ -67,6 +72,35 @@ def test_a_plan_that_is_damaged(tmp_path: Path, capsys: pytest.CaptureFixture[st
     said = codes(uri, tmp_path / "to", capsys)
     assert said.pop("report")[0] == 0 and said.pop("verify")[0] == 1
     assert all(code == 1 and f"{PLAN}: cannot be read" in text for code, text in said.values())
+
+
+def later_plan(kind: str, uri: Path) -> bytes:
+    """That of a retry of one row, or of an extension by one shard."""
+    plan = Output.at(str(uri)).stored_plan()
+    assert plan is not None
+    if kind == "extension":
+        return encode_extension(Plan((Part(len(plan.parts), (Piece("/new.tar", 9, "e"),)),), plan.identities), 1, b"")
+    reject = Reject(3, "key", plan.parts[0].pieces[0].uri, "decode", "truncated", "ends early", 512)
+    return encode_retry(to_table({0: {"tiny": [reject]}}), 1, b"", ["truncated"])
+
+
+@pytest.mark.parametrize("kind", ["", "extension", "retry"])
+def test_a_changed_bit_of_a_plan_is_told_where_it_is_read(kind: str, tmp_path: Path) -> None:
+    """Or decodes to another plan, which the digest in `_run.json` tells; never to what fails later."""
+    uri, told = copied(tmp_path / "out", "model=*"), 0
+    path, output = uri / (of_generation(PLAN, 1) if kind else PLAN), Output.at(str(uri))
+    data = later_plan(kind, uri) if kind else path.read_bytes()
+    for at in range(0, len(data), 3):
+        path.write_bytes(data[:at] + bytes([data[at] ^ 1 << at % 8]) + data[at + 1 :])
+        try:
+            plan = output.stored_plan()
+            assert plan is not None
+            history = read_history(output, plan, [path.name])
+        except (StorageError, RunMismatch) as error:
+            told += path.name in str(error)
+            continue
+        assert all(history.plan.parts) and all(history.names_by_part())
+    assert len(data) / 12 < told < len(data) / 3
 
 
 def test_a_record_that_is_damaged(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
