@@ -26,7 +26,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from xml.etree import ElementTree
 
-from pipeline.models import Family, Published, published
+from pipeline.models import Published, published
 from tests.models.parity_of_one import Found
 
 ROOT = Path(__file__).parents[2]
@@ -56,7 +56,7 @@ class Random:
 
 def main() -> int:
     options = _options()
-    entries = sorted((entry for _, entry in published_by_the_seeds()), key=lambda entry: entry.gmacs)
+    entries = sorted((entry for _, entry in published()), key=lambda entry: entry.gmacs)
     chosen = [entry for entry in entries if fnmatch.fnmatch(entry.repo, f"*{options.only}*")]
     results = [_told(_compare(entry, options), n, len(chosen)) for n, entry in enumerate(chosen, 1)]
     if options.only:
@@ -101,14 +101,9 @@ def _random(case: ElementTree.Element, examples: int) -> Random:
     return found
 
 
-def published_by_the_seeds() -> list[tuple[Family, Published]]:
-    """The four families that this suite is about. ViT and DINOv2 have theirs in test_vit.py: full width, two layers."""
-    return [pair for pair in published() if pair[0].MODEL_TYPE != "vit"]
-
-
 def _absent(cases: list[ElementTree.Element]) -> list[Random]:
     seen = {case.get("classname", "").rpartition(".test_")[-1] for case in cases}
-    families = {family.MODEL_TYPE for family, _ in published_by_the_seeds()}
+    families = {family.MODEL_TYPE for family, _ in published()}
     return [Random(name, 0, 0.0, "its random test did not run") for name in sorted(families - seen)]
 
 

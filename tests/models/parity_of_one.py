@@ -27,7 +27,7 @@ from safetensors import safe_open
 from torch import Tensor
 from transformers.initialization import no_init_weights
 
-from pipeline.models import Family, Published, levit, published
+from pipeline.models import Family, Published, levit, published, vit
 from pipeline.models.checkpoint import read_json
 from tests.models import oracle
 
@@ -36,6 +36,7 @@ ATTENTIONS_BYTES = 2 * GIB  # held at once by the reference; above, only the fir
 SMALL_GMACS = 20  # up to here two images are compared, above one
 HEADS = ("pooled", "logits", "visual_tokens", "segmentation")  # whose drift in bfloat16 is told
 OURS_ONLY = frozenset({"input_size"})  # what a run adds to the config
+WITH_ATTENTIONS = ("beit", "vit_msn", "vit", "dinov2", "dinov2_with_registers")
 Features = dict[str, Tensor]
 
 
@@ -112,6 +113,10 @@ class Pass:
         self.notes = self._drop_most_attentions()
         self._exact: Features = {}
 
+    @property
+    def size_HW(self) -> tuple[int, int]:
+        return (self.x_BCHW.shape[2], self.x_BCHW.shape[3])
+
     def theirs_by_label(self) -> list[str]:
         return [name + (" (masked)" if self.inputs else "") for name in self.theirs]
 
@@ -142,7 +147,8 @@ class Pass:
 def seeded(family: Family, entry: Published) -> tuple[Any, list[str]]:
     """The reference's class with the published config and seeded weights; what of the config it refuses."""
     config = config_of(family, entry)
-    notes = [f"the reference refuses the published `{name}`; left out" for name in entry.config.keys() - config.keys()]
+    refused = entry.config.keys() - config.keys() - {"model_type"}
+    notes = [f"the reference refuses the published `{name}`; left out" for name in refused]
     architecture = getattr(transformers, entry.architecture)
     with no_init_weights():
         model = architecture(architecture.config_class(**config, attn_implementation="eager"))
@@ -150,11 +156,11 @@ def seeded(family: Family, entry: Published) -> tuple[Any, list[str]]:
 
 
 def config_of(family: Family, entry: Published) -> dict[str, Any]:
-    """The published config, without LeViT's drop path rate (training only): the reference wants it to be an int."""
-    is_levit = family.MODEL_TYPE == levit.MODEL_TYPE
-    return {
-        name: value for name, value in entry.config.items() if not is_levit or name != "drop_path_rate" or not value
-    }
+    """The published config without its model type, which the class has, and without LeViT's drop path rate (training
+    only): the reference wants it to be an int."""
+    rate = entry.config.get("drop_path_rate") if family.MODEL_TYPE == levit.MODEL_TYPE else None
+    left_out = {"model_type", *(["drop_path_rate"] if rate else [])}
+    return {name: value for name, value in entry.config.items() if name not in left_out}
 
 
 def masks(model: Any, x_BCHW: Tensor) -> list[Tensor | None]:
@@ -169,7 +175,7 @@ def features_of(model: Any, x_BCHW: Tensor, mask_BN: Tensor | None) -> Features:
     """What the reference gives by our names: its base model's outputs, then those of its own class."""
     kind = model.config.model_type
     asked: dict[str, Any] = {} if mask_BN is None else {"bool_masked_pos": mask_BN}
-    asked |= {"output_attentions": True} if kind in ("beit", "vit_msn") else {}
+    asked |= {"output_attentions": True} if kind in WITH_ATTENTIONS else {}
     base: dict[str, Any] = {}
     hook = model.base_model.register_forward_hook(lambda *seen: base.update(seen[-1]))
     made = oracle.reference(model, x_BCHW, output_hidden_states=True, **asked)
@@ -181,11 +187,11 @@ def features_of(model: Any, x_BCHW: Tensor, mask_BN: Tensor | None) -> Features:
         features["feature_maps:last"] = last
     else:
         features |= zip_names("tokens:", range(99), made.hidden_states) | {"tokens": last}
-    if kind in ("beit", "vit_msn"):
+    if kind in WITH_ATTENTIONS:
+        before_patches = 1 + getattr(model.config, "num_register_tokens", 0)
         features |= zip_names("attentions:", range(99), made.attentions)
-        features |= {"pooled:cls": last[:, 0], "pooled:mean": last[:, 1:].mean(1)}
-    if kind == "vit_msn":
-        features["pooled"] = last[:, 0]  # it has no pooler: its users take the class token
+        features |= {"pooled:cls": last[:, 0], "pooled:mean": last[:, before_patches:].mean(1)}
+        features.setdefault("pooled", last[:, 0])  # where there is no pooler, users take the class token
     return features | heads_of(type(model).__name__, made)
 
 
@@ -208,7 +214,8 @@ def zip_names(prefix: str, names: Iterable[object], tensors: Iterable[Tensor]) -
 
 def worst(passes: list[Pass], folder: Path, found: Found, *, fast: bool) -> float:
     """Largest difference of any feature; what exceeds the tolerance goes to `excuses` or `wrong`."""
-    backbone, form = oracle.ours(folder, fast=fast), "fast" if fast else "plain"
+    backbone = oracle.ours(folder, fast=fast, size_HW=passes[0].size_HW)
+    form = "fast" if fast else "plain"
     return max(_worst_of(one, wants, backbone, form, found) for one in passes for wants in wanted(one.theirs, fast))
 
 
@@ -251,7 +258,7 @@ def excused(far: Mapping[str, Tensor], one: Pass, form: str, found: Found) -> No
 def drift(one: Pass, folder: Path, found: Found) -> None:
     """Cosines with the float32 reference: our fast form in bfloat16, then the reference's own bfloat16."""
     names = [name for name in HEADS if name in one.theirs]
-    backbone = oracle.ours(folder, dtype=torch.bfloat16)
+    backbone = oracle.ours(folder, dtype=torch.bfloat16, size_HW=one.size_HW)
     mine = oracle.run(backbone, one.x_BCHW.bfloat16(), *names)
     found.bfloat16 = {name: cosine(mine[name], one.theirs[name]) for name in names}
     # read anew: LeViT keeps tables of the dtype in which it ran first
@@ -272,17 +279,27 @@ def compare_config(family: Family, entry: Published, model: Any, folder: Path) -
     saved file, which names every field, and from the catalogue, which leaves the rest to our defaults."""
     theirs = type(model.config).from_pretrained(folder)
     size_HW = (entry.image_size, entry.image_size)
-    catalogue = {**config_of(family, entry), "architectures": [entry.architecture]}
+    said = {"model_type": theirs.model_type, "architectures": [entry.architecture]}
+    catalogue = {**config_of(family, entry), **said}
     configs = {"config.json": read_json(folder / "config.json"), "catalogue": catalogue}
     wrong: list[str] = []
     for where, config in configs.items():
-        mine = family.read_settings(config, size_HW)
-        names = [one.name for one in fields(mine) if one.name not in OURS_ONLY]
-        pairs = [(name, getattr(mine, name), field_of(theirs, name, getattr(mine, name))) for name in names]
+        mine = settings_of(family, config, size_HW, theirs)
+        pairs = [(name, ours, field_of(theirs, name, ours)) for name, ours in mine.items()]
         wrong += [
             f"{where}: {name}: ours {ours}, the reference {other}" for name, ours, other in pairs if ours != other
         ]
-    return len(names), wrong
+    return len(mine), wrong
+
+
+def settings_of(family: Family, config: Mapping[str, Any], size_HW: tuple[int, int], theirs: Any) -> dict[str, Any]:
+    """Our settings by name; of the file that reads three model types those that the reference's config of one has."""
+    read = family.read_settings(config, size_HW)
+    names = [one.name for one in fields(read) if one.name not in OURS_ONLY]
+    if not isinstance(read, vit.Settings):
+        return {name: getattr(read, name) for name in names}
+    mine = {name: getattr(read, name) for name in names if hasattr(theirs, name)}
+    return mine | ({} if read.is_dinov2 else {"pooler_output_size": read.pooled_size})  # None: as wide as the tokens
 
 
 def field_of(config: Any, name: str, mine: object) -> object:
