@@ -102,7 +102,7 @@ slot = flight.here()
     ("code", "ends"),
     [
         ("slot.begin(flight.DECODE, 0, limit_s=0.2)\nctypes.PyDLL(None).sleep(60)", -signal.SIGALRM),
-        ("slot.begin(flight.DECODE, 0, limit_s=0.2)\nslot.end()\nctypes.PyDLL(None).usleep(500_000)", 0),
+        ("slot.begin(flight.DECODE, 0, limit_s=2.0)\nslot.end()\nctypes.PyDLL(None).sleep(3)", 0),
         ("slot.begin(flight.READ, 0)\nctypes.PyDLL(None).usleep(500_000)", 0),
     ],
     ids=["late, with Python's lock held", "ended in time", "without a limit"],
