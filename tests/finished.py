@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import functools
 import shutil
 import tempfile
@@ -25,8 +26,9 @@ MODEL = "tiny"
 
 @functools.cache
 def small_run(seed: int = 0) -> Path:
-    """The output of `tests/small.py`'s job with a checkpoint of this seed. Not to be written to."""
+    """The output of `tests/small.py`'s job with a checkpoint of this seed. Not to be written to, gone at the end."""
     folder = Path(tempfile.mkdtemp(prefix="img2parquet-finished-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
     make_shards(folder / "shards")
     make_checkpoint(folder / "tiny", seed)
     run(small_job(str(folder / "shards" / "*.tar"), folder / "tiny", str(folder / "out")), "local")
