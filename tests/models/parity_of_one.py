@@ -191,6 +191,7 @@ def features_of(model: Any, x_BCHW: Tensor, mask_BN: Tensor | None) -> Features:
         before_patches = 1 + getattr(model.config, "num_register_tokens", 0)
         features |= zip_names("attentions:", range(99), made.attentions)
         features |= {"pooled:cls": last[:, 0], "pooled:mean": last[:, before_patches:].mean(1)}
+    if kind in WITH_ATTENTIONS and kind != "beit":
         features.setdefault("pooled", last[:, 0])  # where there is no pooler, users take the class token
     return features | heads_of(type(model).__name__, made)
 
