@@ -65,7 +65,7 @@ bench: $(STAMP)  ## side-by-side speed of models, decoding and whole jobs agains
 bench-gpu: $(STAMP)  ## how well one GPU is kept busy: the model alone, fed from memory, fed from shards
 	$(BIN)/python -m infra.bench gpu --out infra/bench/results
 
-parity: $(STAMP)  ## every published model at full depth against the reference (15 minutes on 2 cores, 12 GB of memory)
+parity: $(STAMP)  ## every published model at full depth against the reference (25 minutes on 2 cores, 15 GB of memory)
 	$(BIN)/python -m tests.models.parity
 
 s3: $(STAMP)  ## start a real S3 server (Ceph RGW) on loopback, for trying things by hand

@@ -254,7 +254,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--only", default="", metavar="PATTERN", help="only checkpoints whose name holds this")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--examples", type=int, default=250, help="random configurations of each family")
-    parser.add_argument("--scratch", type=Path, default=None, help="folder for the saved weights (4 GB at most)")
+    parser.add_argument("--scratch", type=Path, default=None, help="folder for the saved weights (9 GB at most)")
     return parser.parse_args()
 
 
