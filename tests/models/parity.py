@@ -7,6 +7,7 @@
 - Exit 1 if any feature differs by more than 1e-5 of its scale (or the exception of `parity_of_one.excused` fails), a
   config field differs, or a process died; the result file says so too.
 - With `--only` (`levit`, `beit-*-512`) nothing is written: the file stands for all of them.
+- With `--random` the checkpoints are left out, and the file's last section is written anew, for the same model code.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ ROOT = Path(__file__).parents[2]
 RESULT = ROOT / "infra/bench/results/parity.md"
 MODEL_CODE = ROOT / "pipeline/models"
 RANDOM_TESTS = ("test_random_combinations", "test_fields_together")  # one of them in each family's test file
+RANDOM = "Random configurations"  # the title of the file's last section
 PACKAGES = ("torch", "transformers", "safetensors", "numpy", "hypothesis")
 
 
@@ -56,6 +58,8 @@ class Random:
 
 def main() -> int:
     options = _options()
+    if options.random:
+        return _random_alone(options)
     entries = sorted((entry for _, entry in published()), key=lambda entry: entry.gmacs)
     chosen = [entry for entry in entries if fnmatch.fnmatch(entry.repo, f"*{options.only}*")]
     results = [_told(_compare(entry, options), n, len(chosen)) for n, entry in enumerate(chosen, 1)]
@@ -68,6 +72,18 @@ def main() -> int:
     RESULT.write_text(markdown(results, random, options.threads))
     print(f"written: {RESULT.relative_to(ROOT)}")
     return int(any(map(_is_wrong, results)) or any(one.failure for one in random))
+
+
+def _random_alone(options: argparse.Namespace) -> int:
+    told = RESULT.read_text()
+    if _model_code() not in told:
+        print(f"{RESULT.relative_to(ROOT)} is of other model code: leave out --random", file=sys.stderr)
+        return 2
+    random = random_configurations(options)
+    section = _section(RANDOM, [_random_line(one) for one in random])
+    RESULT.write_text(told.partition(f"\n## {RANDOM}\n")[0] + section)
+    print(f"written: the last section of {RESULT.relative_to(ROOT)}")
+    return int(any(one.failure for one in random))
 
 
 def _compare(entry: Published, options: argparse.Namespace) -> Found | Died:
@@ -163,7 +179,7 @@ def markdown(results: list[Found | Died], random: list[Random], threads: int) ->
     text += _section("Notes", [f"`{r.repo}`: {note}." for r in results if isinstance(r, Found) for note in r.notes])
     text += _section("Exceptions", _exceptions(results))
     text += _section("Wrong", _wrong(results))
-    return text + _section("Random configurations", [_random_line(one) for one in random])
+    return text + _section(RANDOM, [_random_line(one) for one in random])
 
 
 def _summary(results: list[Found | Died]) -> str:
@@ -174,9 +190,12 @@ def _summary(results: list[Found | Died]) -> str:
 
 def _versions(threads: int) -> str:
     packages = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in PACKAGES)
-    model_code = hashlib.sha256(b"".join(path.read_bytes() for path in sorted(MODEL_CODE.glob("*.py")))).hexdigest()
-    code = f"Model code: `cat pipeline/models/*.py | sha256sum` begins with {model_code[:12]}.\n"
-    return f"Python {platform.python_version()}, {packages}.\n{_cpu()}, {threads} threads.\n{code}"
+    return f"Python {platform.python_version()}, {packages}.\n{_cpu()}, {threads} threads.\n{_model_code()}"
+
+
+def _model_code() -> str:
+    digest = hashlib.sha256(b"".join(path.read_bytes() for path in sorted(MODEL_CODE.glob("*.py")))).hexdigest()
+    return f"Model code: `cat pipeline/models/*.py | sha256sum` begins with {digest[:12]}.\n"
 
 
 def _cpu() -> str:
@@ -252,6 +271,7 @@ def _section(title: str, lines: list[str]) -> str:
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m tests.models.parity")
     parser.add_argument("--only", default="", metavar="PATTERN", help="only checkpoints whose name holds this")
+    parser.add_argument("--random", action="store_true", help="the random configurations alone")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--examples", type=int, default=250, help="random configurations of each family")
     parser.add_argument("--scratch", type=Path, default=None, help="folder for the saved weights (9 GB at most)")
