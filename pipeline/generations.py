@@ -248,10 +248,8 @@ def encode_retry(rejects: pa.Table, generation: int, parent: bytes, reasons: Seq
 def _decode_retry(data: bytes, before: History, about: Mapping[str, Any]) -> RetryPlan:
     table = pq.read_table(pa.BufferReader(data))
     table.validate(full=True)
-    if (
-        table.schema.types != REJECT_SCHEMA.types
-        or not set(table["model"].to_pylist()) <= before.plan.identities.keys()
-    ):
+    models = set(table["model"].unique().to_pylist())
+    if table.schema.types != REJECT_SCHEMA.types or not models <= before.plan.identities.keys():
         raise ValueError("its rejects are not of this run")
     rejects = by_part_and_model(table)
     parts = before.plan.parts  # the index of a part is its place
