@@ -26,9 +26,10 @@ from torch import Tensor, nn
 
 from pipeline.errors import CheckpointError
 from pipeline.models import Published
-from pipeline.models.attention import FusedAttention, fused_attention
+from pipeline.models.attention import FusedAttention, fused_attention, mixes_first
 from pipeline.models.checkpoint import num_labels
 from pipeline.models.layers import FusedConv, FusedLinear, batch_norm_affine, fold_batch_norm, fused_conv, fused_linear
+from pipeline.models.stem import FusedStem, Geometry, fused_stem
 
 MODEL_TYPE = "levit"
 PREFIX = "levit."
@@ -268,8 +269,7 @@ class FastLevit:
 
     def __init__(self, plain: Levit, dtype: torch.dtype) -> None:
         self.settings, self.head_names = plain.settings, tuple(plain.heads)
-        last = len(plain.stem) - 1
-        self.stem = [_fast_conv(layer, n < last, dtype) for n, layer in enumerate(plain.stem)]
+        self.stem = _fast_stem(plain, dtype)
         self.stages = [[_fast(layer, dtype) for layer in stage] for stage in plain.stages]  # type: ignore[attr-defined]
         ends = self.stages[-1][-1] if self.stages[-1] else None
         self.last_mlp = ends if isinstance(ends, FastMLP) else None
@@ -339,19 +339,35 @@ class FastShrinkingAttention:
         self.shape = shape = plain.shape
         weight_OI, bias_O = fold_batch_norm(plain.kv.linear.weight, plain.kv.norm)
         widths = [shape.key_dim, shape.value_dim]
-        self.kv = fused_linear(
-            _by_part(weight_OI, shape.num_heads, widths, [1.0, 1.0], widths).to(dtype),
-            _by_part(bias_O, shape.num_heads, widths, [1.0, 1.0], widths).to(dtype),
-        )
+        weight_OI = _by_part(weight_OI, shape.num_heads, widths, [1.0, 1.0], widths).to(dtype)
+        bias_O = _by_part(bias_O, shape.num_heads, widths, [1.0, 1.0], widths).to(dtype)
+        self.kv = fused_linear(weight_OI, bias_O)
         self.widths = [shape.num_heads * width for width in widths]
         self.q = _fast_linear(plain.q, dtype, scale=shape.key_dim**-0.5)
         self.out = _fast_linear(plain.out, dtype)
         bias_AQK = plain.biases_AO[:, plain.index_QK]
         self.fused, self.bias_1AQK = _fused(bias_AQK, shape, dtype), bias_AQK[None].to(dtype)
+        self.mixing, self.k = self._mixing(bias_AQK, weight_OI, bias_O) if self.fused else (None, None)
+
+    def _mixing(
+        self, bias_AQK: Tensor, weight_OI: Tensor, bias_O: Tensor
+    ) -> tuple[FusedAttention | None, FusedLinear | None]:
+        """The kernel that mixes tokens before it makes values of them, and the linear for the keys alone. In bfloat16
+        the linears are what processors have units for, and the kernel's arithmetic is float32."""
+        shape, keys = self.shape, self.widths[0]
+        counts = (shape.query_side**2, shape.side**2)
+        if weight_OI.dtype != torch.float32 or not mixes_first(*counts, weight_OI.shape[1], shape.value_dim):
+            return None, None
+        values = (weight_OI[keys:], bias_O[keys:])
+        mixing = fused_attention(bias_AQK, shape.key_dim, shape.value_dim, weight_OI.dtype, values)
+        return mixing, fused_linear(weight_OI[:keys], bias_O[:keys])
 
     def __call__(self, x_BND: Tensor, attentions: list[Tensor] | None) -> Tensor:
         x_BND = x_BND[:, : self.shape.side**2]
-        parts = (self.q(every_nth(x_BND, self.shape)), *torch.split(self.kv(x_BND), self.widths, dim=-1))
+        q_BQW = self.q(every_nth(x_BND, self.shape))
+        if self.mixing and self.k and attentions is None:
+            return self.out(self.mixing(q_BQW, self.k(x_BND), x_BND))
+        parts = (q_BQW, *torch.split(self.kv(x_BND), self.widths, dim=-1))
         if self.fused and attentions is None:
             return self.out(self.fused(*parts))
         q, k, v = (_heads(part, self.shape.num_heads) for part in parts)
@@ -528,12 +544,19 @@ def _fast_linear(plain: nn.Module, dtype: torch.dtype, act: str = "linear", scal
     return fused_linear((weight_OI * scale).to(dtype), (bias_O * scale).to(dtype), act)
 
 
-def _fast_conv(plain: nn.Module, activated: bool, dtype: torch.dtype) -> FusedConv:
-    assert isinstance(plain, ConvNorm)
-    weight, bias = fold_batch_norm(plain.conv.weight, plain.norm)
-    stride, padding = plain.conv.stride[0], int(plain.conv.padding[0])
-    act = "hardswish" if activated else "linear"
-    return fused_conv(weight.to(dtype), bias.to(dtype), stride=stride, padding=padding, activation=act)
+def _fast_stem(plain: Levit, dtype: torch.dtype) -> Sequence[FusedConv | FusedStem]:
+    """The four convolutions as one, or one after the other."""
+    s = plain.settings
+    layers = [layer for layer in plain.stem if isinstance(layer, ConvNorm)]
+    folded = (fold_batch_norm(layer.conv.weight, layer.norm) for layer in layers)
+    convs = [(weight.to(dtype), bias.to(dtype)) for weight, bias in folded]
+    if whole := fused_stem(convs, Geometry(s.kernel_size, s.stride, s.padding)):
+        return [whole]
+    activations = ["hardswish"] * (len(convs) - 1) + ["linear"]
+    return [
+        fused_conv(weight, bias, stride=s.stride, padding=s.padding, activation=act)
+        for (weight, bias), act in zip(convs, activations, strict=True)
+    ]
 
 
 def _fast_heads(heads: Sequence[nn.Module], dtype: torch.dtype) -> FusedLinear | None:

@@ -1,6 +1,6 @@
 """C++ source -> a loaded library, made by the machine's own compiler; None where it cannot be had.
 
-For the few loops that torch has no fast operator for (`group_norm.py`, `attention.py`):
+For the few loops that torch has no fast operator for (`group_norm.py`, `attention.py`, `stem.py`):
 * compiled (a second or two) when the first model that needs it is folded, never on import, into the user's cache
   folder. The file is named by source, flags and CPU, written under a temporary name and moved into place, so any
   number of processes may do it at once;
@@ -146,6 +146,7 @@ constexpr int LANES = 16;
 typedef float F __attribute__((vector_size(LANES * 4)));
 typedef uint32_t U __attribute__((vector_size(LANES * 4)));
 typedef uint16_t H __attribute__((vector_size(LANES * 2)));
+#define UNROLL _Pragma("GCC unroll 16")
 
 inline F load(const float* p) { F v; std::memcpy(&v, p, sizeof v); return v; }
 inline void store(float* p, F v) { std::memcpy(p, &v, sizeof v); }
@@ -172,5 +173,20 @@ inline void store(uint16_t* p, F v) {
 #endif
 inline float as_float(float v) { return v; }
 inline float as_float(uint16_t v) { uint32_t u = uint32_t(v) << 16; float f; std::memcpy(&f, &u, 4); return f; }
+inline F all(float x) { return x - F{}; }
+inline F hardswish(F x) {
+  F y = x + 3.0f, zero{};
+  y = y < zero ? zero : y;
+  return x * (y > 6.0f ? all(6.0f) : y) * (1.0f / 6.0f);
+}
+
+// on whole cache lines: a vector that lies across two takes twice as long to load
+struct Floats {
+  struct Line { alignas(LANES * 4) float at[LANES]; };
+  std::vector<Line> lines;
+  explicit Floats(int64_t count) : lines((count + LANES - 1) / LANES) {}
+  float* data() { return lines.data()->at; }
+  float& operator[](int64_t n) { return data()[n]; }
+};
 }  // namespace
 """

@@ -6,9 +6,10 @@ import itertools
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from pipeline.models.attention import FusedAttention, fused_attention, native_library, plain
+from pipeline.models.attention import FusedAttention, fused_attention, mixes_first, native_library, plain
 
 ROWS, LANES = 6, 16
 
@@ -22,8 +23,14 @@ def made(heads: int, queries: int, keys: int, key_dim: int, value_dim: int, imag
     return q[:, :queries], k[:, :keys], v[:, :keys], torch.randn(heads, queries, keys, generator=random)
 
 
-def fused(bias: Tensor, key_dim: int, value_dim: int, dtype: torch.dtype = torch.float32) -> FusedAttention:
-    attention = fused_attention(bias, key_dim, value_dim, dtype)
+def fused(
+    bias: Tensor,
+    key_dim: int,
+    value_dim: int,
+    dtype: torch.dtype = torch.float32,
+    values: tuple[Tensor, Tensor] | None = None,
+) -> FusedAttention:
+    attention = fused_attention(bias, key_dim, value_dim, dtype, values)
     assert attention is not None
     return attention
 
@@ -42,6 +49,34 @@ def test_equals_float64_for_every_width_of_values(value_dim: int) -> None:
     q, k, v, bias = made(2, 9, 20, 8, value_dim)
     exact = plain(q.double(), k.double(), v.double(), bias.double())
     assert torch.allclose(fused(bias, 8, value_dim)(q, k, v).double(), exact, rtol=1e-5, atol=3e-6)
+
+
+def tokens(heads: int, keys: int, width: int, value_dim: int, images: int = 2) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    """x_BKI, as a slice of longer rows, and the linear that makes values of it."""
+    random = torch.Generator().manual_seed(width)
+    x = torch.randn(images, keys + 1, width + 16, generator=random)[:, :keys, :width]
+    weight = torch.randn(heads * value_dim, width, generator=random) / width**0.5
+    return x, (weight, torch.randn(heads * value_dim, generator=random))
+
+
+@pytest.mark.parametrize("queries", [1, 5, 7, 16, 49])
+@pytest.mark.parametrize("keys", [1, 17, 49, 196])
+@pytest.mark.parametrize(("width", "value_dim"), [(16, 32), (48, 16), (80, 112), (128, 64)])
+def test_tokens_can_be_mixed_before_values_are_made_of_them(
+    queries: int, keys: int, width: int, value_dim: int
+) -> None:
+    q, k, _, bias = made(3, queries, keys, 16, 16)
+    x, (weight, add) = tokens(3, keys, width, value_dim)
+    exact = plain(q.double(), k.double(), F.linear(x.double(), weight.double(), add.double()), bias.double())
+    got = fused(bias, 16, value_dim, values=(weight, add))(q, k, x)
+    assert torch.allclose(got.double(), exact, rtol=1e-5, atol=3e-6)
+
+
+def test_what_is_fewer_multiplications_is_counted_right() -> None:
+    # LeViT-128S: 49 queries of 196 keys of 128 channels, 64 values a head; then 16 of 49 of 256; then the first stage's
+    assert mixes_first(49, 196, 128, 64)
+    assert mixes_first(16, 49, 256, 64)
+    assert not mixes_first(196, 196, 128, 32)
 
 
 def test_bfloat16_is_the_rounded_result_of_float32_arithmetic() -> None:
@@ -94,6 +129,21 @@ def test_bits_do_not_depend_on_threads_or_neighbours(dtype: torch.dtype) -> None
     assert all(torch.equal(one, two) for one, two in itertools.pairwise([*results, alone]))
 
 
+def test_bits_of_mixed_tokens_do_not_depend_on_threads_or_neighbours() -> None:
+    q, k, _, bias = made(3, 16, 49, 16, 16, images=5)
+    x, values = tokens(3, 49, 80, 32, images=5)
+    attention, before = fused(bias, 16, 32, values=values), torch.get_num_threads()
+    try:
+        results = []
+        for threads in (1, 2, 7):
+            torch.set_num_threads(threads)
+            results.append(attention(q, k, x))
+    finally:
+        torch.set_num_threads(before)
+    alone = torch.cat([attention(q[i : i + 1], k[i : i + 1], x[i : i + 1]) for i in range(5)])
+    assert all(torch.equal(one, two) for one, two in itertools.pairwise([*results, alone]))
+
+
 def test_no_images() -> None:
     q, k, v, bias = made(2, 5, 5, 8, 16, images=0)
     assert fused(bias, 8, 16)(q, k, v).shape == (0, 5, 32)
@@ -103,6 +153,7 @@ def test_where_it_cannot_be_had_there_is_none(monkeypatch: pytest.MonkeyPatch) -
     bias = torch.zeros(2, 4, 4)
     assert fused_attention(bias, 8, 20, torch.float32) is None, "20 values are no whole vectors"
     assert fused_attention(bias, 8, 16, torch.float16) is None
+    assert fused_attention(bias, 8, 16, torch.float32, (torch.zeros(32, 20), torch.zeros(32))) is None
     assert fused_attention(bias.to("meta"), 8, 16, torch.float32) is None
     native_library.cache_clear()
     monkeypatch.setenv("IMG2PARQUET_NATIVE", "0")
@@ -116,5 +167,8 @@ def test_tensors_of_another_shape_never_reach_the_kernel() -> None:
         fused(bias, 8, 16)(q[:, :4], k, v)
     with pytest.raises(AssertionError):
         fused(bias, 8, 16)(q, k.bfloat16(), v)
+    x, values = tokens(2, 5, 48, 16)
+    with pytest.raises(AssertionError):
+        fused(bias, 8, 16, values=values)(q, k, x[..., :32])
     with pytest.raises(AssertionError):
         fused(bias, 8, 16)(q, k, v.transpose(1, 2).contiguous().transpose(1, 2))

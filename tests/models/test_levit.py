@@ -17,7 +17,7 @@ from transformers import (
 )
 
 from pipeline.errors import CheckpointError
-from pipeline.models import attention, levit
+from pipeline.models import attention, levit, stem
 from pipeline.models.checkpoint import read_json
 from tests.models import oracle
 
@@ -53,6 +53,9 @@ VARIED = {  # each field away from the tiny config, one at a time
     },
     "no_shrink": {"hidden_sizes": [32, 32, 64], "down_ops": [[""], ["Subsample", 8, 4, 4, 2, 2]]},
     "many_tokens": {"image_size": 208, "depths": [1, 0, 0]},
+    "compiled_stem": {"hidden_sizes": [128, 48, 64]},  # its convolutions are whole vectors wide
+    "compiled_stem_of_5": {"hidden_sizes": [128, 128, 64], "kernel_size": 5, "padding": 2, "num_channels": 4},
+    "compiled_stem_of_many_tokens": {"hidden_sizes": [256, 48, 64], "image_size": 208, "depths": [1, 0, 0]},
 }  # fmt: skip
 del VARIED["stride"]  # with stride 1 the four convolutions keep the size, and image_size // patch_size never fits
 
@@ -322,18 +325,25 @@ def test_bad_values_are_refused_before_anything_is_read(changed: dict[str, Any],
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_compiled_attention_changes_speed_and_not_results(
+def test_what_is_compiled_changes_speed_and_not_results(
     dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model = LevitModel(LevitConfig(**TINY | {"key_dim": [8, 8, 8], "attention_ratio": [2, 4, 2]}))
+    changes = {"key_dim": [8, 8, 8], "attention_ratio": [2, 4, 2], "hidden_sizes": [128, 48, 64]}
+    model = LevitModel(LevitConfig(**TINY | changes))
     folder, x_BCHW = oracle.saved(model, tmp_path), oracle.pixels(2, (64, 64)).to(dtype)
     compiled = oracle.ours(folder, dtype=dtype)
     layers = [layer for stage in compiled.stages for layer in stage if hasattr(layer, "fused")]  # type: ignore[attr-defined]
     assert any(layer.fused for layer in layers) or torch.cpu._is_amx_tile_supported()
-    attention.native_library.cache_clear()
+    mixes = [layer for layer in layers if isinstance(layer, levit.FastShrinkingAttention)]
+    assert all((layer.mixing is not None) == (dtype == torch.float32) for layer in mixes)
+    assert isinstance(compiled.stem[0], stem.FusedStem) == (dtype == torch.float32)  # type: ignore[attr-defined]
+    for module in (attention, stem):
+        module.native_library.cache_clear()
     monkeypatch.setenv("IMG2PARQUET_NATIVE", "0")
     plain = oracle.ours(folder, dtype=dtype)
-    attention.native_library.cache_clear()
+    for module in (attention, stem):
+        module.native_library.cache_clear()
     assert not any(layer.fused for stage in plain.stages for layer in stage if hasattr(layer, "fused"))  # type: ignore[attr-defined]
+    assert len(plain.stem) == 4  # type: ignore[attr-defined]
     far = oracle.distance(*(oracle.run(form, x_BCHW, "pooled")["pooled"] for form in (compiled, plain)))
     assert far <= (oracle.TOLERANCE if dtype == torch.float32 else 0.05)
