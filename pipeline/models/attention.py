@@ -126,35 +126,12 @@ def plain(q_BQW: Tensor, k_BKW: Tensor, v_BKW: Tensor, bias_AQK: Tensor) -> Tens
 CPP = r"""
 namespace {
 constexpr int ROWS = 6;  // queries at once: with 4 vectors of keys 24 sums, which leaves registers for the factors
-typedef int32_t I __attribute__((vector_size(LANES * 4)));
 
-#ifdef __AVX512DQ__
 inline F larger(F a, F b) { return (F)_mm512_max_ps((__m512)a, (__m512)b); }
 inline F nearest(F t) { return t - (F)_mm512_reduce_ps((__m512)t, 0); }
 inline F times_power(F p, F n) { return (F)_mm512_scalef_ps((__m512)p, (__m512)n); }
 inline float largest_of(F x) { return _mm512_reduce_max_ps((__m512)x); }
 inline float sum_of(F x) { return _mm512_reduce_add_ps((__m512)x); }
-#else
-inline float largest_of(F x) {
-  for (int n = LANES / 2; n; n /= 2)
-    for (int l = 0; l < n; l++) x[l] = x[l] > x[l + n] ? x[l] : x[l + n];
-  return x[0];
-}
-inline float sum_of(F x) {
-  for (int n = LANES / 2; n; n /= 2)
-    for (int l = 0; l < n; l++) x[l] += x[l + n];
-  return x[0];
-}
-inline F larger(F a, F b) { return a > b ? a : b; }
-inline F nearest(F t) { return (t + 12582912.0f) - 12582912.0f; }  // 1.5 * 2^23: what is added there is whole
-inline F times_power(F p, F n) {
-  I bits, whole = __builtin_convertvector(n, I) << 23;
-  std::memcpy(&bits, &p, sizeof p);
-  bits += whole;
-  std::memcpy(&p, &bits, sizeof p);
-  return p;
-}
-#endif
 
 // 2^t for t <= 0, within 2 units of the last place, 0 (or next to it) far below; the polynomial is Cephes' exp2f
 inline F power(F t) {
@@ -348,4 +325,5 @@ SOURCE = native.Source(
     ),
     agrees=_agrees,
     without="LeViT runs up to a fifth slower",
+    wide=True,
 )

@@ -28,6 +28,7 @@ from pipeline.errors import CheckpointError
 from pipeline.models import Published
 from pipeline.models.attention import FusedAttention, fused_attention, mixes_first
 from pipeline.models.checkpoint import num_labels
+from pipeline.models.feed_forward import fused_feed_forward
 from pipeline.models.layers import FusedConv, FusedLinear, batch_norm_affine, fold_batch_norm, fused_conv, fused_linear
 from pipeline.models.stem import FusedStem, Geometry, fused_stem
 
@@ -270,7 +271,8 @@ class FastLevit:
     def __init__(self, plain: Levit, dtype: torch.dtype) -> None:
         self.settings, self.head_names = plain.settings, tuple(plain.heads)
         self.stem = _fast_stem(plain, dtype)
-        self.stages = [[_fast(layer, dtype) for layer in stage] for stage in plain.stages]  # type: ignore[attr-defined]
+        self.stages = [_fast_stage(list(stage), dtype) for stage in plain.stages[:-1]]  # type: ignore[call-overload]
+        self.stages.append(_fast_stage(list(plain.stages[-1]), dtype, last=True))  # type: ignore[call-overload]
         ends = self.stages[-1][-1] if self.stages[-1] else None
         self.last_mlp = ends if isinstance(ends, FastMLP) else None
         self.heads = _fast_heads(list(plain.heads.values()), dtype)
@@ -307,7 +309,9 @@ class FastLevit:
 
 
 class FastAttention:
-    def __init__(self, plain: Attention, dtype: torch.dtype) -> None:
+    """With the MLP that follows it."""
+
+    def __init__(self, plain: Attention, mlp: MLP | None, dtype: torch.dtype) -> None:
         self.shape = shape = plain.shape
         weight_OI, bias_O = fold_batch_norm(plain.qkv.linear.weight, plain.qkv.norm)
         widths = [shape.key_dim, shape.key_dim, shape.value_dim]
@@ -321,7 +325,7 @@ class FastAttention:
             _by_part(bias_O, shape.num_heads, widths, scales, made).to(dtype),
         )
         self.widths = [shape.num_heads * width for width in made]
-        self.out = _fast_linear(plain.out, dtype)
+        self.after = FastFeedForward(plain.out, mlp, dtype)
         bias_1AQK = bias_AQK[None].to(dtype)
         self.bias_1AQK = bias_1AQK if self.fused else _with_whole_rows(bias_1AQK)
 
@@ -329,13 +333,15 @@ class FastAttention:
         tokens = x_BND.shape[1]  # some of them may be none of the image's: see `_whole_rows`
         parts = torch.split(self.qkv(x_BND), self.widths, dim=-1)
         if self.fused and attentions is None:
-            return self.out(self.fused(*parts), x_BND)
+            return self.after(self.fused(*parts), x_BND)
         q, k, v = (_heads(part, self.shape.num_heads) for part in parts)
-        return self.out(_fast_attend(q, k, v, self.bias_1AQK[..., :tokens, :tokens], attentions), x_BND)
+        return self.after(_fast_attend(q, k, v, self.bias_1AQK[..., :tokens, :tokens], attentions), x_BND)
 
 
 class FastShrinkingAttention:
-    def __init__(self, plain: ShrinkingAttention, dtype: torch.dtype) -> None:
+    """With the MLP that follows it."""
+
+    def __init__(self, plain: ShrinkingAttention, mlp: MLP | None, dtype: torch.dtype) -> None:
         self.shape = shape = plain.shape
         weight_OI, bias_O = fold_batch_norm(plain.kv.linear.weight, plain.kv.norm)
         widths = [shape.key_dim, shape.value_dim]
@@ -343,8 +349,8 @@ class FastShrinkingAttention:
         bias_O = _by_part(bias_O, shape.num_heads, widths, [1.0, 1.0], widths).to(dtype)
         self.kv = fused_linear(weight_OI, bias_O)
         self.widths = [shape.num_heads * width for width in widths]
-        self.q = _fast_linear(plain.q, dtype, scale=shape.key_dim**-0.5)
-        self.out = _fast_linear(plain.out, dtype)
+        self.q = fused_linear(*_folded(plain.q, dtype, scale=shape.key_dim**-0.5))
+        self.after = FastFeedForward(plain.out, mlp, dtype)
         bias_AQK = plain.biases_AO[:, plain.index_QK]
         self.fused, self.bias_1AQK = _fused(bias_AQK, shape, dtype), bias_AQK[None].to(dtype)
         self.mixing, self.k = self._mixing(bias_AQK, weight_OI, bias_O) if self.fused else (None, None)
@@ -366,17 +372,35 @@ class FastShrinkingAttention:
         x_BND = x_BND[:, : self.shape.side**2]
         q_BQW = self.q(every_nth(x_BND, self.shape))
         if self.mixing and self.k and attentions is None:
-            return self.out(self.mixing(q_BQW, self.k(x_BND), x_BND))
+            return self.after(self.mixing(q_BQW, self.k(x_BND), x_BND))
         parts = (q_BQW, *torch.split(self.kv(x_BND), self.widths, dim=-1))
         if self.fused and attentions is None:
-            return self.out(self.fused(*parts))
+            return self.after(self.fused(*parts))
         q, k, v = (_heads(part, self.shape.num_heads) for part in parts)
-        return self.out(_fast_attend(q, k, v, self.bias_1AQK, attentions))
+        return self.after(_fast_attend(q, k, v, self.bias_1AQK, attentions))
+
+
+class FastFeedForward:
+    """What follows attention in each token's row: the output's linear, the residual, and the MLP if there is one."""
+
+    def __init__(self, out: LinearNorm, mlp: MLP | None, dtype: torch.dtype) -> None:
+        folded = [_folded(linear, dtype) for linear in ((out, mlp.up, mlp.down) if mlp else (out,))]
+        self.fused = fused_feed_forward(*folded) if mlp else None
+        self.out = None if self.fused else fused_linear(*folded[0])
+        self.mlp = FastMLP(mlp, dtype) if mlp and not self.fused else None
+
+    def __call__(self, mixed_BNW: Tensor, x_BND: Tensor | None = None) -> Tensor:
+        if self.fused:
+            return self.fused(mixed_BNW, x_BND)
+        assert self.out
+        y_BND = self.out(mixed_BNW, x_BND)
+        return self.mlp(y_BND, None) if self.mlp else y_BND
 
 
 class FastMLP:
     def __init__(self, plain: MLP, dtype: torch.dtype) -> None:
-        self.up, self.down = _fast_linear(plain.up, dtype, "hardswish"), _fast_linear(plain.down, dtype)
+        self.up = fused_linear(*_folded(plain.up, dtype), "hardswish")
+        self.down = fused_linear(*_folded(plain.down, dtype))
 
     def __call__(self, x_BND: Tensor, attentions: list[Tensor] | None) -> Tensor:
         return self.down(self.up(x_BND), x_BND)
@@ -529,19 +553,28 @@ def _by_part(
     return torch.cat(parts).reshape(-1, *tensor.shape[1:])
 
 
-def _fast(layer: nn.Module, dtype: torch.dtype) -> FastAttention | FastShrinkingAttention | FastMLP:
-    if isinstance(layer, Attention):
-        return FastAttention(layer, dtype)
-    if isinstance(layer, ShrinkingAttention):
-        return FastShrinkingAttention(layer, dtype)
-    assert isinstance(layer, MLP)
-    return FastMLP(layer, dtype)
+def _fast_stage(
+    layers: Sequence[nn.Module], dtype: torch.dtype, last: bool = False
+) -> list[FastAttention | FastShrinkingAttention | FastMLP]:
+    """Each attention with the MLP after it; the model's last MLP is a layer of its own: see `FastMLP.mean`."""
+    fast: list[FastAttention | FastShrinkingAttention | FastMLP] = []
+    for n, layer in enumerate(layers):
+        after = layers[n + 1] if n + 1 < len(layers) else None
+        mlp = after if isinstance(after, MLP) and not (last and n + 2 == len(layers)) else None
+        if isinstance(layer, Attention):
+            fast.append(FastAttention(layer, mlp, dtype))
+        elif isinstance(layer, ShrinkingAttention):
+            fast.append(FastShrinkingAttention(layer, mlp, dtype))
+        elif isinstance(layer, MLP) and last and n + 1 == len(layers):
+            fast.append(FastMLP(layer, dtype))
+    return fast
 
 
-def _fast_linear(plain: nn.Module, dtype: torch.dtype, act: str = "linear", scale: float = 1.0) -> FusedLinear:
+def _folded(plain: nn.Module, dtype: torch.dtype, scale: float = 1.0) -> tuple[Tensor, Tensor]:
+    """A linear with its batch norm -> weight_OI, bias_O."""
     assert isinstance(plain, LinearNorm)
     weight_OI, bias_O = fold_batch_norm(plain.linear.weight, plain.norm)
-    return fused_linear((weight_OI * scale).to(dtype), (bias_O * scale).to(dtype), act)
+    return (weight_OI * scale).to(dtype), (bias_O * scale).to(dtype)
 
 
 def _fast_stem(plain: Levit, dtype: torch.dtype) -> Sequence[FusedConv | FusedStem]:

@@ -1,6 +1,7 @@
 """C++ source -> a loaded library, made by the machine's own compiler; None where it cannot be had.
 
-For the few loops that torch has no fast operator for (`group_norm.py`, `attention.py`, `stem.py`):
+For the few loops that torch has no fast operator for (BiT's `group_norm.py`; LeViT's `stem.py`, `attention.py` and
+`feed_forward.py`):
 * compiled (a second or two) when the first model that needs it is folded, never on import, into the user's cache
   folder. The file is named by source, flags and CPU, written under a temporary name and moved into place, so any
   number of processes may do it at once;
@@ -45,6 +46,7 @@ class Source:
     functions: Mapping[str, Sequence[Any]]  # ctypes
     agrees: Callable[[ctypes.CDLL], bool]
     without: str  # what somebody without it loses, for the log
+    wide: bool = False  # its sums fill AVX-512's 32 registers of 16 floats; with AVX2's 16 of 8, torch is twice as fast
 
     @property
     def text(self) -> str:
@@ -57,8 +59,9 @@ class Source:
 
 
 def library(source: Source) -> ctypes.CDLL | None:
-    """The library of `source`, compiled unless it lies in the cache; None, with a warning, where it cannot be had."""
-    if os.environ.get("IMG2PARQUET_NATIVE") == "0":
+    """The library of `source`, compiled unless it lies in the cache; None where torch is faster, and, with a warning,
+    where it cannot be had."""
+    if os.environ.get("IMG2PARQUET_NATIVE") == "0" or (source.wide and not has_wide_vectors()):
         return None
     try:
         loaded = load(source, _cache_folder())
@@ -71,6 +74,11 @@ def library(source: Source) -> ctypes.CDLL | None:
         reason = str(error)
     log.warning("%s: no compiled %s (%s); install g++ to have it", source.without, source.name, reason)
     return None
+
+
+def has_wide_vectors() -> bool:
+    """Whether torch, and so what is compiled for this processor, uses AVX-512."""
+    return torch.backends.cpu.get_cpu_capability().startswith("AVX512")
 
 
 def load(source: Source, folder: Path | None) -> ctypes.CDLL:

@@ -209,4 +209,5 @@ SOURCE = native.Source(
     functions={"stem_f32": (*[ctypes.c_void_p] * 5, *[ctypes.c_int64] * 7, ctypes.c_int)},
     agrees=_agrees,
     without="LeViT runs a few percent slower",
+    wide=True,
 )

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from pipeline.models import attention, group_norm, layers, load_model, stem
+from pipeline.models import attention, feed_forward, group_norm, layers, load_model, stem
 from pipeline.models.model import Model
 
 CHECKPOINTS = (
@@ -74,9 +74,8 @@ def test_without_what_only_a_cpu_has_the_numbers_are_the_same(name: str, monkeyp
     wants = frozenset({"pooled"})
     fused = load_model(name, weights="random(0)", image_size=224).forward_pixels(pixels, wants)["pooled"]
     monkeypatch.setattr(layers, "onednn_works", lambda dtype: False)
-    monkeypatch.setattr(group_norm, "native_library", lambda: None)
-    monkeypatch.setattr(attention, "native_library", lambda: None)
-    monkeypatch.setattr(stem, "native_library", lambda: None)
+    for module in (attention, feed_forward, group_norm, stem):
+        monkeypatch.setattr(module, "native_library", lambda: None)
     plain = load_model(name, weights="random(0)", image_size=224).forward_pixels(pixels, wants)["pooled"]
     assert (plain - fused).abs().max() <= 1e-5 * fused.abs().max()
     assert not torch.equal(plain, fused), "both took the same way"

@@ -9,9 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pipeline.models import native
 from pipeline.models.attention import FusedAttention, fused_attention, mixes_first, native_library, plain
 
-ROWS, LANES = 6, 16
+pytestmark = pytest.mark.skipif(not native.has_wide_vectors(), reason="torch is faster without AVX-512")
 
 
 def made(heads: int, queries: int, keys: int, key_dim: int, value_dim: int, images: int = 2) -> tuple[Tensor, ...]:
@@ -155,8 +156,12 @@ def test_where_it_cannot_be_had_there_is_none(monkeypatch: pytest.MonkeyPatch) -
     assert fused_attention(bias, 8, 16, torch.float16) is None
     assert fused_attention(bias, 8, 16, torch.float32, (torch.zeros(32, 20), torch.zeros(32))) is None
     assert fused_attention(bias.to("meta"), 8, 16, torch.float32) is None
+    with monkeypatch.context() as without:
+        without.setenv("IMG2PARQUET_NATIVE", "0")
+        native_library.cache_clear()
+        assert fused_attention(bias, 8, 16, torch.float32) is None
+    monkeypatch.setattr(native, "has_wide_vectors", lambda: False)
     native_library.cache_clear()
-    monkeypatch.setenv("IMG2PARQUET_NATIVE", "0")
     assert fused_attention(bias, 8, 16, torch.float32) is None
     native_library.cache_clear()
 

@@ -17,7 +17,7 @@ from transformers import (
 )
 
 from pipeline.errors import CheckpointError
-from pipeline.models import attention, levit, stem
+from pipeline.models import attention, feed_forward, levit, native, stem
 from pipeline.models.checkpoint import read_json
 from tests.models import oracle
 
@@ -324,6 +324,7 @@ def test_bad_values_are_refused_before_anything_is_read(changed: dict[str, Any],
         levit.read_settings(TINY | changed, (64, 64))
 
 
+@pytest.mark.skipif(not native.has_wide_vectors(), reason="torch is faster without AVX-512")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_what_is_compiled_changes_speed_and_not_results(
     dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -334,16 +335,20 @@ def test_what_is_compiled_changes_speed_and_not_results(
     compiled = oracle.ours(folder, dtype=dtype)
     layers = [layer for stage in compiled.stages for layer in stage if hasattr(layer, "fused")]  # type: ignore[attr-defined]
     assert any(layer.fused for layer in layers) or torch.cpu._is_amx_tile_supported()
+    in_float32 = dtype == torch.float32
     mixes = [layer for layer in layers if isinstance(layer, levit.FastShrinkingAttention)]
-    assert all((layer.mixing is not None) == (dtype == torch.float32) for layer in mixes)
-    assert isinstance(compiled.stem[0], stem.FusedStem) == (dtype == torch.float32)  # type: ignore[attr-defined]
-    for module in (attention, stem):
+    assert all((layer.mixing is not None) == in_float32 for layer in mixes)
+    assert isinstance(compiled.stem[0], stem.FusedStem) == in_float32  # type: ignore[attr-defined]
+    assert [layer.after.fused is not None for layer in layers] == [in_float32, False, False, False, in_float32, False]
+    modules = (attention, feed_forward, stem)
+    for module in modules:
         module.native_library.cache_clear()
     monkeypatch.setenv("IMG2PARQUET_NATIVE", "0")
     plain = oracle.ours(folder, dtype=dtype)
-    for module in (attention, stem):
+    for module in modules:
         module.native_library.cache_clear()
-    assert not any(layer.fused for stage in plain.stages for layer in stage if hasattr(layer, "fused"))  # type: ignore[attr-defined]
+    layers = [layer for stage in plain.stages for layer in stage if hasattr(layer, "fused")]  # type: ignore[attr-defined]
+    assert not any(layer.fused or layer.after.fused for layer in layers)
     assert len(plain.stem) == 4  # type: ignore[attr-defined]
     far = oracle.distance(*(oracle.run(form, x_BCHW, "pooled")["pooled"] for form in (compiled, plain)))
     assert far <= (oracle.TOLERANCE if dtype == torch.float32 else 0.05)

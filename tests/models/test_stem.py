@@ -8,7 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from pipeline.models import native
 from pipeline.models.stem import FusedStem, Geometry, fused_stem, native_library, plain
+
+pytestmark = pytest.mark.skipif(not native.has_wide_vectors(), reason="torch is faster without AVX-512")
 
 Convs = list[tuple[Tensor, Tensor]]
 
