@@ -7,6 +7,7 @@
   So the base image is this machine's Debian and Python; what an instruction adds, moves or forgets is the image's.
 * COPY sees the build context through .dockerignore; RUN has the stage's ENV, ARG, WORKDIR and USER, and no other
   environment but pip's settings, with folders of wheels that they name; nothing else of this machine is there.
+* apt-get installs nothing, since /usr is this machine's: what it is asked for has to be installed here.
 * pip takes torch from its own index here (TORCH_INDEX is empty): the address of the CPU and CUDA builds is not tried.
 """
 
@@ -28,10 +29,15 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 DOCKERFILE = ROOT / "infra" / "docker" / "Dockerfile"
-SYSTEM = ("/usr", "/bin", "/sbin", "/lib", "/lib64", "/dev", "/proc")
+SYSTEM = ("/usr", "/bin", "/sbin", "/lib", "/lib64", "/dev", "/proc", "/var/lib/dpkg")
 OWN = ("tmp", "root", "home", "opt", "var", "run", "src")
 HERE = {"TORCH_INDEX": ""}  # arguments of a build that are other here
 LIMIT_S = 1200
+APT_GET = """#!/bin/sh
+[ "$1" = install ] || exit 0
+shift
+for word; do case $word in -*) ;; *) dpkg-query --show "$word" || exit 100;; esac; done
+"""
 
 
 @dataclass
@@ -110,6 +116,8 @@ class Build:
         self.stage = self.stages[name] = Stage(root)
         base = _made(root / "run" / "base")  # the base image's `python`
         (base / "python").symlink_to(Path(sys.base_prefix) / "bin" / f"python3.{sys.version_info.minor}")
+        (base / "apt-get").write_text(APT_GET)
+        (base / "apt-get").chmod(0o755)
         self.stage.environment["PATH"] = "/run/base:/usr/local/bin:/usr/bin:/bin:/usr/sbin:/sbin"
 
     def _env(self, rest: str) -> None:
