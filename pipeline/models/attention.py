@@ -24,8 +24,6 @@ from torch import Tensor
 from pipeline.models import native
 from pipeline.models.layers import ACTIVATIONS
 
-LANES = 16  # floats that the kernel takes at once
-
 
 def fused_attention(
     bias_AQK: Tensor, key_dim: int, value_dim: int, dtype: torch.dtype, values: tuple[Tensor, Tensor] | None = None
@@ -34,7 +32,7 @@ def fused_attention(
 
     With `values`, weight_WI and bias_W of the linear that makes v of the tokens, a call takes these in place of v."""
     widths = (value_dim,) if values is None else (value_dim, values[0].shape[1])
-    if bias_AQK.device.type != "cpu" or dtype not in native.DTYPES or any(width % LANES for width in widths):
+    if bias_AQK.device.type != "cpu" or dtype not in native.DTYPES or any(width % native.LANES for width in widths):
         return None
     compiled = native_library()
     return None if compiled is None else FusedAttention(bias_AQK, key_dim, value_dim, compiled, values)
@@ -59,7 +57,7 @@ class FusedAttention:
         self.heads, self.queries, self.keys = bias_AQK.shape
         self.key_dim, self.value_dim, self.compiled = key_dim, value_dim, compiled
         # whole vectors of keys: what is past the last weighs nothing
-        self.bias_AQP = F.pad(bias_AQK.detach().float(), (0, -self.keys % LANES), value=-torch.inf).contiguous()
+        self.bias_AQP = F.pad(bias_AQK.detach().float(), (0, -self.keys % native.LANES), value=-torch.inf).contiguous()
         self.values = None
         if values is not None:
             weight_WI, bias_W = (tensor.detach().float() for tensor in values)
@@ -149,14 +147,7 @@ inline void scores(const float* q, int64_t depth, const float* keys, int64_t str
                    F* most) {
   F sum[R][V];
   UNROLL for (int r = 0; r < R; r++) UNROLL for (int v = 0; v < V; v++) sum[r][v] = F{};
-  for (const float* end = q + depth; q < end; q++, keys += stride) {
-    F k[V];
-    UNROLL for (int v = 0; v < V; v++) k[v] = load(keys + v * LANES);
-    UNROLL for (int r = 0; r < R; r++) {
-      F x = all(q[r * depth]);
-      UNROLL for (int v = 0; v < V; v++) sum[r][v] += x * k[v];
-    }
-  }
+  multiply(q, depth, depth, keys, stride, sum);
   UNROLL for (int r = 0; r < R; r++) UNROLL for (int v = 0; v < V; v++) {
     F score = sum[r][v] + load(bias + r * stride + v * LANES);
     most[r] = larger(most[r], score);
@@ -196,15 +187,7 @@ inline void mix(const float* s, int64_t count, int64_t stride, const float* valu
                 int64_t c, Become become) {
   F sum[R][V];
   UNROLL for (int r = 0; r < R; r++) UNROLL for (int v = 0; v < V; v++) sum[r][v] = F{};
-  values += c;
-  for (int64_t j = 0; j < count; j++, values += width) {
-    F x[V];
-    UNROLL for (int v = 0; v < V; v++) x[v] = load(values + v * LANES);
-    UNROLL for (int r = 0; r < R; r++) {
-      F factor = all(s[r * stride + j]);
-      UNROLL for (int v = 0; v < V; v++) sum[r][v] += factor * x[v];
-    }
-  }
+  multiply(s, stride, count, values + c, width, sum);
   UNROLL for (int r = 0; r < R; r++) UNROLL for (int v = 0; v < V; v++)
     store(out + r * row + c + v * LANES, become(sum[r][v], r, c + v * LANES));
 }

@@ -20,17 +20,14 @@ from torch import Tensor
 from pipeline.models import native
 from pipeline.models.layers import ACTIVATIONS
 
-PANEL = 32  # outputs that the kernel makes at once
+PANEL = 2 * native.LANES  # outputs that the kernel makes at once
 
 Linear = tuple[Tensor, Tensor]  # weight_OI, bias_O
 
 
 def fused_feed_forward(out: Linear, up: Linear, down: Linear) -> FusedFeedForward | None:
     """y = out(mixed) [+ x], then y + down(hardswish(up(y))); None where torch has to do it."""
-    weights = [weight for weight, _ in (out, up, down)]
-    if any(weight.device.type != "cpu" or weight.dtype != torch.float32 or len(weight) % PANEL for weight in weights):
-        return None
-    compiled = native_library()
+    compiled = native_library() if native.takes([weight for weight, _ in (out, up, down)], PANEL) else None
     return None if compiled is None else FusedFeedForward(out, up, down, compiled)
 
 
@@ -104,14 +101,7 @@ inline void tile(const float* x, int64_t x_stride, int64_t in, const float* weig
                  int64_t add_stride, float* y, int64_t y_stride) {
   F sum[R][2];
   UNROLL for (int r = 0; r < R; r++) UNROLL for (int v = 0; v < 2; v++) sum[r][v] = F{};
-  for (const float* end = x + in; x < end; x++, weight += PANEL) {
-    F w[2];
-    UNROLL for (int v = 0; v < 2; v++) w[v] = load(weight + v * LANES);
-    UNROLL for (int r = 0; r < R; r++) {
-      F value = all(x[r * x_stride]);
-      UNROLL for (int v = 0; v < 2; v++) sum[r][v] += value * w[v];
-    }
-  }
+  multiply(x, x_stride, in, weight, PANEL, sum);
   UNROLL for (int r = 0; r < R; r++) UNROLL for (int v = 0; v < 2; v++) {
     F out = sum[r][v] + load(bias + v * LANES);
     if (ACTIVATED) out = hardswish(out);

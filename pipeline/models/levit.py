@@ -112,10 +112,15 @@ class Settings:
             sides.append((sides[-1] - 1) // shrink.stride + 1 if shrink else sides[-1])
         return (*sides, sides[-1])
 
+    @property
+    def geometry(self) -> Geometry:
+        """Of each of the four convolutions."""
+        return Geometry(self.kernel_size, self.stride, self.padding)
+
     def grid_of(self, size: int) -> int:
         """Side of the token grid that the four convolutions make of an image's side."""
         for _ in range(4):
-            size = (size + 2 * self.padding - self.kernel_size) // self.stride + 1
+            size = self.geometry.shrink(size)
         return size
 
 
@@ -352,27 +357,16 @@ class FastShrinkingAttention:
         self.q = fused_linear(*_folded(plain.q, dtype, scale=shape.key_dim**-0.5))
         self.after = FastFeedForward(plain.out, mlp, dtype)
         bias_AQK = plain.biases_AO[:, plain.index_QK]
-        self.fused, self.bias_1AQK = _fused(bias_AQK, shape, dtype), bias_AQK[None].to(dtype)
-        self.mixing, self.k = self._mixing(bias_AQK, weight_OI, bias_O) if self.fused else (None, None)
-
-    def _mixing(
-        self, bias_AQK: Tensor, weight_OI: Tensor, bias_O: Tensor
-    ) -> tuple[FusedAttention | None, FusedLinear | None]:
-        """The kernel that mixes tokens before it makes values of them, and the linear for the keys alone. In bfloat16
-        the linears are what processors have units for, and the kernel's arithmetic is float32."""
-        shape, keys = self.shape, self.widths[0]
-        counts = (shape.query_side**2, shape.side**2)
-        if weight_OI.dtype != torch.float32 or not mixes_first(*counts, weight_OI.shape[1], shape.value_dim):
-            return None, None
-        values = (weight_OI[keys:], bias_O[keys:])
-        mixing = fused_attention(bias_AQK, shape.key_dim, shape.value_dim, weight_OI.dtype, values)
-        return mixing, fused_linear(weight_OI[:keys], bias_O[:keys])
+        self.bias_1AQK, keys = bias_AQK[None].to(dtype), self.widths[0]
+        mixing = _mixing(bias_AQK, shape, weight_OI[keys:], bias_O[keys:])
+        self.fused = mixing or _fused(bias_AQK, shape, dtype)
+        self.k = fused_linear(weight_OI[:keys], bias_O[:keys]) if mixing else None  # alone: values are made of the mean
 
     def __call__(self, x_BND: Tensor, attentions: list[Tensor] | None) -> Tensor:
         x_BND = x_BND[:, : self.shape.side**2]
         q_BQW = self.q(every_nth(x_BND, self.shape))
-        if self.mixing and self.k and attentions is None:
-            return self.after(self.mixing(q_BQW, self.k(x_BND), x_BND))
+        if self.fused and self.k and attentions is None:
+            return self.after(self.fused(q_BQW, self.k(x_BND), x_BND))
         parts = (q_BQW, *torch.split(self.kv(x_BND), self.widths, dim=-1))
         if self.fused and attentions is None:
             return self.after(self.fused(*parts))
@@ -500,6 +494,15 @@ def _fused(bias_AQK: Tensor, shape: HeadShape, dtype: torch.dtype) -> FusedAtten
     return fused_attention(bias_AQK, shape.key_dim, shape.value_dim, dtype)
 
 
+def _mixing(bias_AQK: Tensor, shape: HeadShape, weight_WI: Tensor, bias_W: Tensor) -> FusedAttention | None:
+    """The kernel that mixes tokens before it makes values of them, where that is less. In bfloat16 the linears are what
+    processors have units for, and the kernel's arithmetic is float32."""
+    queries, keys, width, dtype = shape.query_side**2, shape.side**2, weight_WI.shape[1], weight_WI.dtype
+    if dtype != torch.float32 or not mixes_first(queries, keys, width, shape.value_dim):
+        return None
+    return fused_attention(bias_AQK, shape.key_dim, shape.value_dim, dtype, (weight_WI, bias_W))
+
+
 def _with_whole_rows(bias_1AQK: Tensor) -> Tensor:
     """A square bias with queries and keys up to a multiple of 16, -inf for these keys. The bfloat16 kernel on CPUs is a
     quarter faster so; in float32, and in the small grids that do without it, the linears lose what it gains."""
@@ -583,7 +586,7 @@ def _fast_stem(plain: Levit, dtype: torch.dtype) -> Sequence[FusedConv | FusedSt
     layers = [layer for layer in plain.stem if isinstance(layer, ConvNorm)]
     folded = (fold_batch_norm(layer.conv.weight, layer.norm) for layer in layers)
     convs = [(weight.to(dtype), bias.to(dtype)) for weight, bias in folded]
-    if whole := fused_stem(convs, Geometry(s.kernel_size, s.stride, s.padding)):
+    if whole := fused_stem(convs, s.geometry):
         return [whole]
     activations = ["hardswish"] * (len(convs) - 1) + ["linear"]
     return [

@@ -23,8 +23,6 @@ from torch import Tensor
 from pipeline.models import native
 from pipeline.models.layers import ACTIVATIONS
 
-LANES = 16  # floats that the kernel takes at once
-
 
 @dataclass(frozen=True)
 class Geometry:
@@ -40,10 +38,7 @@ class Geometry:
 
 def fused_stem(convs: Sequence[tuple[Tensor, Tensor]], at: Geometry) -> FusedStem | None:
     """Convolutions of weight_OIHW and bias_O, hardswish after each but the last; None where torch has to do it."""
-    weights = [weight for weight, _ in convs]
-    if any(weight.device.type != "cpu" or weight.dtype != torch.float32 or len(weight) % LANES for weight in weights):
-        return None
-    compiled = native_library()
+    compiled = native_library() if native.takes([weight for weight, _ in convs], native.LANES) else None
     return None if compiled is None else FusedStem(convs, at, compiled)
 
 
@@ -55,6 +50,12 @@ class FusedStem:
         self.weights_HWIO = [weight.detach().permute(2, 3, 1, 0).contiguous() for weight, _ in convs]
         self.biases_O = [bias.detach().contiguous() for _, bias in convs]
         self.channels = [self.weights_HWIO[0].shape[2], *(len(bias_O) for bias_O in self.biases_O)]
+        count = len(convs)
+        self.constants = (  # of a call: where weights and biases lie, and the channels between them
+            (ctypes.c_void_p * count)(*(weight.data_ptr() for weight in self.weights_HWIO)),
+            (ctypes.c_void_p * count)(*(bias.data_ptr() for bias in self.biases_O)),
+            (ctypes.c_int64 * (count + 1))(*self.channels),
+        )
         assert all(w.shape == (at.kernel, at.kernel, *pair) for w, pair in zip(
             self.weights_HWIO, zip(self.channels, self.channels[1:], strict=False), strict=True))  # fmt: skip
 
@@ -68,14 +69,20 @@ class FusedStem:
             sides = self.at.shrink(sides[0]), self.at.shrink(sides[1])
             assert min(sides) > 0, (height, width)
         y_BHWO = torch.empty(images, *sides, self.channels[-1])
-        count = len(self.weights_HWIO)
         self.compiled.stem_f32(
             x_BHWC.data_ptr(),
-            (ctypes.c_void_p * count)(*(weight.data_ptr() for weight in self.weights_HWIO)),
-            (ctypes.c_void_p * count)(*(bias.data_ptr() for bias in self.biases_O)),
-            (ctypes.c_int64 * (count + 1))(*self.channels),
+            *self.constants,
             y_BHWO.data_ptr(),
-            *(count, images, height, width, self.at.kernel, self.at.stride, self.at.padding, torch.get_num_threads()),
+            *(
+                len(self.weights_HWIO),
+                images,
+                height,
+                width,
+                self.at.kernel,
+                self.at.stride,
+                self.at.padding,
+                torch.get_num_threads(),
+            ),
         )
         return y_BHWO.permute(0, 3, 1, 2)
 
@@ -155,19 +162,9 @@ struct Conv {
   template <int P, int V> void pixels(int64_t x, int64_t c, float* to) {
     F sum[P][V];
     UNROLL for (int p = 0; p < P; p++) UNROLL for (int v = 0; v < V; v++) sum[p][v] = F{};
-    const float* w = weight + c;
     const int64_t step = is.stride * in, span = is.kernel * in, outs = out;
-    for (int64_t k = 0; k < is.kernel; k++) {
-      const float* at = taps[k] + x * step;
-      for (const float* end = at + span; at < end; at++, w += outs) {
-        F f[V];
-        UNROLL for (int v = 0; v < V; v++) f[v] = load(w + v * LANES);
-        UNROLL for (int p = 0; p < P; p++) {
-          F value = all(at[p * step]);
-          UNROLL for (int v = 0; v < V; v++) sum[p][v] += value * f[v];
-        }
-      }
-    }
+    for (int64_t k = 0; k < is.kernel; k++)
+      multiply(taps[k] + x * step, step, span, weight + k * span * outs + c, outs, sum);
     UNROLL for (int p = 0; p < P; p++) UNROLL for (int v = 0; v < V; v++) {
       F y = sum[p][v] + load(bias + c + v * LANES);
       store(to + (x + p) * outs + c + v * LANES, activated ? hardswish(y) : y);

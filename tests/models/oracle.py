@@ -6,7 +6,7 @@ Shapes: B batch, C channels, H W image.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -93,6 +93,19 @@ def distance(mine: Tensor, theirs: Tensor) -> float:
     assert tuple(mine.shape) == tuple(theirs.shape), f"{tuple(mine.shape)} is not {tuple(theirs.shape)}"
     scale = theirs.abs().max().clamp_min(1e-6)
     return float((mine.double() - theirs.double()).abs().max() / scale)
+
+
+def same_bits(call: Callable[..., Tensor], batch: Sequence[Tensor], threads: Sequence[int] = (1, 2, 7)) -> bool:
+    """Whether a call gives the same on any number of threads, and for each of the batch alone as among the others."""
+    before, results = torch.get_num_threads(), []
+    try:
+        for number in threads:
+            torch.set_num_threads(number)
+            results.append(call(*batch))
+    finally:
+        torch.set_num_threads(before)
+    alone = (call(*(tensor[i : i + 1] for tensor in batch)) for i in range(len(batch[0])))
+    return all(torch.equal(result, results[0]) for result in (*results, torch.cat(list(alone))))
 
 
 def agree(mine: Mapping[str, Tensor], theirs: Mapping[str, Tensor], tolerance: float = TOLERANCE) -> None:

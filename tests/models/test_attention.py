@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -11,6 +9,7 @@ from torch import Tensor
 
 from pipeline.models import native
 from pipeline.models.attention import FusedAttention, fused_attention, mixes_first, native_library, plain
+from tests.models import oracle
 
 pytestmark = pytest.mark.skipif(not native.has_wide_vectors(), reason="torch is faster without AVX-512")
 
@@ -118,31 +117,13 @@ def test_what_is_not_finite_stays_so_and_stays_where_it_is(value: float) -> None
 def test_bits_do_not_depend_on_threads_or_neighbours(dtype: torch.dtype) -> None:
     q, k, v, bias = made(3, 49, 49, 16, 32, images=5)
     q, k, v = (tensor.to(dtype) for tensor in (q, k, v))
-    attention, before = fused(bias, 16, 32, dtype), torch.get_num_threads()
-    try:
-        results = []
-        for threads in (1, 2, 7):
-            torch.set_num_threads(threads)
-            results.append(attention(q, k, v))
-    finally:
-        torch.set_num_threads(before)
-    alone = torch.cat([attention(q[i : i + 1], k[i : i + 1], v[i : i + 1]) for i in range(5)])
-    assert all(torch.equal(one, two) for one, two in itertools.pairwise([*results, alone]))
+    assert oracle.same_bits(fused(bias, 16, 32, dtype), (q, k, v))
 
 
 def test_bits_of_mixed_tokens_do_not_depend_on_threads_or_neighbours() -> None:
     q, k, _, bias = made(3, 16, 49, 16, 16, images=5)
     x, values = tokens(3, 49, 80, 32, images=5)
-    attention, before = fused(bias, 16, 32, values=values), torch.get_num_threads()
-    try:
-        results = []
-        for threads in (1, 2, 7):
-            torch.set_num_threads(threads)
-            results.append(attention(q, k, x))
-    finally:
-        torch.set_num_threads(before)
-    alone = torch.cat([attention(q[i : i + 1], k[i : i + 1], x[i : i + 1]) for i in range(5)])
-    assert all(torch.equal(one, two) for one, two in itertools.pairwise([*results, alone]))
+    assert oracle.same_bits(fused(bias, 16, 32, values=values), (q, k, x))
 
 
 def test_no_images() -> None:

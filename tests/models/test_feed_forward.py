@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import itertools
-
 import pytest
 import torch
 from torch import Tensor
 
 from pipeline.models import native
 from pipeline.models.feed_forward import FusedFeedForward, Linear, fused_feed_forward, native_library, plain
+from tests.models import oracle
 
 pytestmark = pytest.mark.skipif(not native.has_wide_vectors(), reason="torch is faster without AVX-512")
 
@@ -63,17 +62,7 @@ def test_rows_may_have_any_shape_and_lie_apart() -> None:
 
 
 def test_bits_do_not_depend_on_threads_or_neighbours() -> None:
-    linears, mixed, x, before = made(48, 64, 96), rows(131, 48), rows(131, 64), torch.get_num_threads()
-    feed_forward = fused(linears)
-    try:
-        results = []
-        for threads in (1, 2, 7, 64):
-            torch.set_num_threads(threads)
-            results.append(feed_forward(mixed, x))
-    finally:
-        torch.set_num_threads(before)
-    alone = torch.cat([feed_forward(mixed[i : i + 1], x[i : i + 1]) for i in range(131)])
-    assert all(torch.equal(one, two) for one, two in itertools.pairwise([*results, alone]))
+    assert oracle.same_bits(fused(made(48, 64, 96)), (rows(131, 48), rows(131, 64)), threads=(1, 2, 7, 64))
 
 
 def test_not_a_number_stays_so_and_stays_in_its_row() -> None:

@@ -337,7 +337,7 @@ def test_what_is_compiled_changes_speed_and_not_results(
     assert any(layer.fused for layer in layers) or torch.cpu._is_amx_tile_supported()
     in_float32 = dtype == torch.float32
     mixes = [layer for layer in layers if isinstance(layer, levit.FastShrinkingAttention)]
-    assert all((layer.mixing is not None) == in_float32 for layer in mixes)
+    assert all((layer.k is not None) == in_float32 for layer in mixes)
     assert isinstance(compiled.stem[0], stem.FusedStem) == in_float32  # type: ignore[attr-defined]
     assert [layer.after.fused is not None for layer in layers] == [in_float32, False, False, False, in_float32, False]
     modules = (attention, feed_forward, stem)
