@@ -1,0 +1,8 @@
+"""Search an output's embeddings, and find duplicates.
+
+search.py       find the rows nearest to an image or to another row
+query_image.py  embed a query image as the run embedded its own
+index.py        build and read a vector index that grows with the output
+duplicates.py   group near-duplicates, and write the groups as a Parquet file
+html_page.py    render the result of a search as one HTML page
+"""
