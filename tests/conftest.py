@@ -1,4 +1,4 @@
-"""Fixtures that every test may ask for: an S3 server on loopback, buckets, and places to write to.
+"""Fixtures for every test: a small job made once, a Ray cluster, an S3 server on loopback, places to write to.
 
 * The S3 environment is set before the first test, so that Ray workers and subprocesses inherit it whenever they are
   started; the server itself (moto, in this process) starts with the first test that asks for it.
@@ -9,16 +9,22 @@
 
 from __future__ import annotations
 
+import ctypes
 import functools
+import gc
 import logging
 import os
 import random
+import time
 import uuid
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from tests.support.ray_cluster import shared_cluster
 
 REALSTORE = os.environ.get("IMG2PARQUET_REALSTORE", "")
 REALSTORE_KEYS = {
@@ -56,6 +62,72 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("realstore") and not REALSTORE:
             item.add_marker(pytest.mark.skip(reason=reason))
+
+
+# ---- the small job of tests/support/small_job.py, made once per process; tests only read it -------------------------
+
+
+@pytest.fixture(scope="session")
+def made() -> Iterator[Path]:
+    """A folder with the shards `in/*.tar` and the checkpoint `model`."""
+    from tests.support.small_job import small_set
+
+    folder = small_set(0)
+    before = _stamps(folder)
+    yield folder
+    changed = before.items() ^ {path: stamp for path, stamp in _stamps(folder).items() if path in before}.items()
+    assert not changed, f"a test has changed what all share: {sorted(path for path, _ in changed)}"
+
+
+@pytest.fixture(scope="session")
+def shards(made: Path) -> str:
+    return f"{made}/in/*.tar"
+
+
+@pytest.fixture(scope="session")
+def checkpoint(made: Path) -> Path:
+    return made / "model"
+
+
+@pytest.fixture(scope="session")
+def finished(made: Path) -> Path:
+    """The output of an undisturbed run."""
+    from tests.support.finished_outputs import small_run
+
+    return small_run()
+
+
+def _stamps(folder: Path) -> dict[str, tuple[int, int]]:
+    files = (path for path in folder.rglob("*") if path.is_file())
+    return {str(path): (path.stat().st_size, path.stat().st_mtime_ns) for path in files}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def freed_memory_returns() -> Iterator[None]:
+    """Give freed memory back after each module: a job in this process has told glibc to keep its peak for ever, and
+    several test processes share the machine."""
+    yield
+    gc.collect()
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
+
+
+# ---- Ray --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def ray_cluster() -> str:
+    """The address of the cluster of `tests/support/ray_cluster.py`; nothing runs on it."""
+    import ray
+
+    address, until = shared_cluster(), time.monotonic() + 60
+    while ray.available_resources().get("CPU") != 2:
+        assert time.monotonic() < until, "an earlier test has left something running on Ray"
+        time.sleep(0.05)
+    return address
+
+
+# ---- S3 ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="session")

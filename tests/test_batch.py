@@ -1,4 +1,4 @@
-"""A part's rows cut into batches: by their place in the part, whatever was rejected on the way."""
+"""Check that a part's rows are split into batches by their number in the part, whatever was rejected."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from dataclasses import dataclass
 import pyarrow as pa
 import pytest
 
-from pipeline.batch import Batch, Failed, cut
-from pipeline.errors import PartFailed, StorageError
-from pipeline.read import PartLimits
-from pipeline.schema import Part, Piece, Reject, Row
+from img2parquet.batch import Batch, Failed, split_into_batches
+from img2parquet.errors import PartFailed, StorageError
+from img2parquet.read import PartLimits
+from img2parquet.schema import Part, Piece, Reject, Row
 
 PART = Part(3, (Piece("a.tar", 1, "e"),))
 
 
 @dataclass(frozen=True)
 class Listed:
-    """A source of rows `keys`; a key that begins with `!` is a fault, and `raises` ends it."""
+    """A source with a row for each of `keys`. A key that begins with `!` is a reject; `raises` ends the part."""
 
     keys: tuple[str, ...]
     raises: Exception | None = None
@@ -42,7 +42,7 @@ class Listed:
 
 
 def cut_all(*keys: str, size: int = 3, raises: Exception | None = None) -> list[Batch | Failed]:
-    return list(cut(Listed(keys, raises), PART, size))
+    return list(split_into_batches(Listed(keys, raises), PART, size))
 
 
 def shape(batches: list[Batch | Failed]) -> list[tuple[int, list[int], list[int], int | None]]:
@@ -88,13 +88,13 @@ def test_a_part_that_fails_ends_in_failed_and_never_has_a_last_batch(error: Exce
 
 def test_a_count_that_differs_from_the_plan_fails_the_part() -> None:
     planned = Part(0, (Piece("a.tar", 1, "e", rows=5),))
-    last = list(cut(Listed(("a", "b")), planned, 3))[-1]
+    last = list(split_into_batches(Listed(("a", "b")), planned, 3))[-1]
     assert isinstance(last, Failed)
     assert "2 rows were read where the plan has 5" in last.message
 
 
 def test_too_many_rows_for_one_file_fail_the_part_with_what_to_do() -> None:
-    last = list(cut(Listed(tuple("abcdef")), PART, 2, most_rows=4))[-1]
+    last = list(split_into_batches(Listed(tuple("abcdef")), PART, 2, most_rows=4))[-1]
     assert isinstance(last, Failed)
     assert "split_above_bytes" in last.message
 

@@ -1,4 +1,4 @@
-"""What a job file may say, and what it is told when it says something else."""
+"""Test the job file: its fields and defaults, overrides, and the errors for mistakes."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ import pytest
 import yaml
 from pydantic import ValidationError
 
-from pipeline.errors import JobError
-from pipeline.job import differences, identity_hash, json_schema, load_job, parse_job
+from img2parquet.errors import JobError
+from img2parquet.job import json_schema, load_job, parse_job
+from img2parquet.run_identity import differences, identity_hash
 
 JOB = {
     "input": {"kind": "webdataset", "uris": ["shards/{000..003}.tar"], "keep": ["label"]},

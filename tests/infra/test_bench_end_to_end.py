@@ -120,11 +120,11 @@ def members(path: Path) -> list[str]:
 
 
 def test_checkpoints_say_the_size_that_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from pipeline.models import read_card
+    from img2parquet.models import ModelSpec, read_card
 
     monkeypatch.setattr(jobs, "WORK", tmp_path)
     small = replace(TINY, size=112)
-    card = read_card(str(checkpoint(small)))
+    card = read_card(ModelSpec(str(checkpoint(small))))
     assert card.preprocess.size_HW == (112, 112) and card.gives["pooled"] == (16,)
     assert checkpoint(small) != checkpoint(TINY)
 

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from img2parquet.schema import Row
 from infra.bench import gpu
 from infra.bench.__main__ import main
 from infra.bench.gpu import FLOOR, InMemory, Measured, Rate, Settings, Subject
-from pipeline.schema import Row
 
 RATES = {
     "model only": Rate(1000.0, 0.98),

@@ -8,15 +8,14 @@ from pathlib import Path
 
 import pytest
 
+from img2parquet.engine.driver import run
+from img2parquet.job import load_job
+from img2parquet.results.reader import status
+from img2parquet.results.verify import verify
 from infra.bench import growth
 from infra.bench.__main__ import main
 from infra.bench.growth import Taken
 from infra.bench.growth_inputs import commit_all_but, make_empty, make_images, make_model, write_job
-from pipeline.commit import Output
-from pipeline.driver import run
-from pipeline.job import load_job
-from pipeline.results import status
-from pipeline.verify import verify
 
 
 def taken(wall_s: float, cpu_s: float, peak_mb: float = 100, rows_in: int = 0, planned_s: float = 1) -> Taken:
@@ -73,7 +72,7 @@ def test_what_is_prepared_is_what_a_killed_driver_leaves(tmp_path: Path) -> None
     assert status(str(tmp_path / "killed")).parts_done == {"model": 4}
     assert run(load_job(killed), "local").parts_done_before == 4
     run(load_job(quiet), "local")
-    assert verify(Output.at(str(tmp_path / "killed"))) == []
+    assert verify(str(tmp_path / "killed")) == []
     written = [
         {path.name: path.read_bytes() for path in tmp_path.glob(f"{name}/model=*/*")} for name in ("killed", "quiet")
     ]

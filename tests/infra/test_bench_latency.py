@@ -8,14 +8,14 @@ from pathlib import Path
 
 import pytest
 
+from img2parquet.errors import NotFound, StorageError
+from img2parquet.job import parse_job
+from img2parquet.read import read_part
+from img2parquet.schema import Row
+from img2parquet.storage import Store
 from infra.bench.latency import _document, make_inputs, one_at_a_time, parts_of, places
 from infra.bench.static_s3 import BUCKET, serving
-from pipeline.errors import NotFound, StorageError
-from pipeline.job import parse_job
-from pipeline.read import read_part
-from pipeline.schema import Row
-from pipeline.storage import Store
-from tests.small import make_shards
+from tests.support.small_job import make_shards
 
 LATENCY_S = 0.005
 

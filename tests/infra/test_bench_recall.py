@@ -7,9 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from img2parquet.engine.driver import run
 from infra.bench.recall import main, nearest, recall
-from pipeline.driver import run
-from tests.small import make_checkpoint, make_shards, small_job
+from tests.support.small_job import make_checkpoint, make_shards, small_job
 
 
 def test_nearest_leaves_out_the_row_itself_and_takes_the_earlier_of_equals() -> None:

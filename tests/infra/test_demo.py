@@ -17,7 +17,7 @@ import numpy.typing as npt
 import pytest
 from PIL import Image
 
-from pipeline import load_model
+from img2parquet import load_model
 
 ROOT = Path(__file__).parents[2]
 DEMO = ROOT / "infra" / "demo"

@@ -1,4 +1,4 @@
-"""infra/README.md: each of our commands parses, each file that it names is there, each job that it names loads."""
+"""The guide to clusters: its commands parse, the files it names exist, and the jobs it names load."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ from pathlib import Path
 import pytest
 import yaml
 
-from pipeline.cli import _parser
-from pipeline.job import load_job
+from img2parquet.cli.console import build_parser
+from img2parquet.job import load_job
 
 ROOT = Path(__file__).parents[2]
-GUIDE = (ROOT / "infra" / "README.md").read_text()
+GUIDE = (ROOT / "infra" / "docs" / "clusters.md").read_text()
 BLOCKS = re.findall(r"```(\w+)\n(.*?)```", GUIDE, re.DOTALL)
 COMMANDS = [line for kind, text in BLOCKS if kind == "sh" for line in text.splitlines() if line.strip()]
 OURS = [line for line in COMMANDS if line.startswith("img2parquet ")]
-PROGRAMS = {"img2parquet", "kubectl", "helm", "docker", "ray"}
+PROGRAMS = {"img2parquet", "kubectl", "helm", "docker", "ray", "sbatch"}
 
 
 @pytest.mark.parametrize("line", OURS)
 def test_our_commands_parse(line: str) -> None:
-    arguments = _parser().parse_args(shlex.split(line)[1:])
+    arguments = build_parser().parse_args(shlex.split(line)[1:])
     if hasattr(arguments, "job"):
         load_job(ROOT / arguments.job, arguments.set)
 

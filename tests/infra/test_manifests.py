@@ -20,8 +20,8 @@ import jsonschema
 import pytest
 import yaml
 
-from pipeline.cli import _parser
-from pipeline.job import load_job
+from img2parquet.cli.console import build_parser
+from img2parquet.job import load_job
 
 INFRA = Path(__file__).parents[2] / "infra"
 KUBERAY, AWS = INFRA / "kuberay", INFRA / "cluster" / "aws.yaml"
@@ -139,7 +139,7 @@ def test_each_budget_means_its_pods(budget: int, pods: list[str]) -> None:
 def test_the_rayjob_runs_the_job_beside_it() -> None:
     spec = rayjob()["spec"]
     command, *arguments = spec["entrypoint"].split()
-    parsed = _parser().parse_args(arguments)
+    parsed = build_parser().parse_args(arguments)
     (volume,) = [one for one in template("head")["spec"]["volumes"] if one["name"] == "job"]
     (mount,) = [one for one in template("head")["spec"]["containers"][0]["volumeMounts"] if one["name"] == "job"]
     assert command == "img2parquet" and parsed.job == f"{mount['mountPath']}/job.yaml" and parsed.runner == "ray"

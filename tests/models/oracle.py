@@ -1,4 +1,4 @@
-"""transformers as the oracle: models with seeded, non-trivial weights, saved to disk and read back by ours.
+"""Use transformers as the oracle: models with seeded, non-trivial weights, saved to disk and read back by ours.
 
 Shapes: B batch, C channels, H W image.
 """
@@ -15,18 +15,18 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from pipeline.models import Backbone
-from pipeline.models.checkpoint import read_json, weight_files
-from pipeline.models.hub import CONFIG
-from pipeline.models.model import Opened, family_of
-from pipeline.preprocess import PreprocessSettings
+from img2parquet.images.preprocess import PreprocessSettings
+from img2parquet.models import Backbone
+from img2parquet.models.checkpoint import read_json, weight_files
+from img2parquet.models.hub import CONFIG
+from img2parquet.models.model import Opened, family_of
 
 TOLERANCE = 1e-5  # of the output's largest value
 EXAMPLES = int(os.environ.get("IMG2PARQUET_EXAMPLES", "200"))
 
 
 def randomised(model: Any, seed: int = 0) -> Any:
-    """Give every parameter and statistic a value that shows when it is forgotten; eval mode, float32."""
+    """Give every parameter and statistic a value whose omission shows; eval mode, float32."""
     generator = torch.Generator().manual_seed(seed)
     model.eval().float().requires_grad_(False)
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
@@ -36,7 +36,7 @@ def randomised(model: Any, seed: int = 0) -> Any:
 
 
 def saved(model: Any, folder: Path, seed: int | None = 0) -> Path:
-    """`save_pretrained` after `randomised`: the names that lie on the hub. Do not run the model before this."""
+    """Randomize and `save_pretrained`, under the names used on the hub. Do not run the model before this."""
     if seed is not None:
         randomised(model, seed)
     model.save_pretrained(folder)
@@ -44,7 +44,7 @@ def saved(model: Any, folder: Path, seed: int | None = 0) -> Path:
 
 
 def saved_as_state_dict(model: Any, folder: Path, seed: int | None = 0) -> Path:
-    """The same, under the names that transformers 5 has in memory: the second dialect."""
+    """Randomize and save under the names that transformers 5 uses in memory, the second dialect."""
     if seed is not None:
         randomised(model, seed)
     folder.mkdir(parents=True, exist_ok=True)
@@ -56,25 +56,25 @@ def saved_as_state_dict(model: Any, folder: Path, seed: int | None = 0) -> Path:
 
 
 def opened(folder: Path, size_HW: tuple[int, int] | None = None) -> Opened:
-    """A checkpoint's folder as the loader opens it, but with an input of exactly `size_HW` (default: its config's)."""
+    """Open a checkpoint's folder as the loader does, but for an input of exactly `size_HW` (default: its config's)."""
     config = read_json(folder / CONFIG)
     family = family_of(config, str(folder))
     if size_HW is None:
         side = config.get("image_size", 64)
         size_HW = (side[0], side[1]) if isinstance(side, list) else (side, side)
     settings = PreprocessSettings("exact", *size_HW, "bilinear", None, None)
-    return Opened(folder.name, str(folder), family, config, settings, weight_files(folder))
+    return Opened(folder.name, str(folder), family, config, settings, weight_files(folder), folder=folder)
 
 
 def ours(
     folder: Path, *, fast: bool = True, dtype: torch.dtype = torch.float32, size_HW: tuple[int, int] | None = None
 ) -> Backbone:
-    """A checkpoint's folder -> our backbone, in its fast or plain form; it takes normalised float pixels."""
+    """Load a checkpoint's folder as our backbone, in its fast or plain form; it takes normalized float pixels."""
     return opened(folder, size_HW).filled(dtype, torch.device("cpu"), fast)
 
 
 def pixels(batch: int = 2, size_HW: tuple[int, int] = (64, 64), channels: int = 3, seed: int = 1) -> Tensor:
-    """Normalised pixels, x_BCHW."""
+    """Return normalized random pixels, x_BCHW."""
     return torch.randn(batch, channels, *size_HW, generator=torch.Generator().manual_seed(seed))
 
 
@@ -89,14 +89,14 @@ def reference(model: Any, x_BCHW: Tensor, **inputs: Any) -> Any:
 
 
 def distance(mine: Tensor, theirs: Tensor) -> float:
-    """Largest difference relative to the output's scale."""
+    """Return the largest difference relative to the output's scale."""
     assert tuple(mine.shape) == tuple(theirs.shape), f"{tuple(mine.shape)} is not {tuple(theirs.shape)}"
     scale = theirs.abs().max().clamp_min(1e-6)
     return float((mine.double() - theirs.double()).abs().max() / scale)
 
 
 def same_bits(call: Callable[..., Tensor], batch: Sequence[Tensor], threads: Sequence[int] = (1, 2, 7)) -> bool:
-    """Whether a call gives the same on any number of threads, and for each of the batch alone as among the others."""
+    """Whether a call gives the same bits on any number of threads, and for an image alone as within the batch."""
     before, results = torch.get_num_threads(), []
     try:
         for number in threads:
@@ -109,7 +109,7 @@ def same_bits(call: Callable[..., Tensor], batch: Sequence[Tensor], threads: Seq
 
 
 def agree(mine: Mapping[str, Tensor], theirs: Mapping[str, Tensor], tolerance: float = TOLERANCE) -> None:
-    """Every feature of `theirs` is in `mine`, of the same shape, equal within the tolerance, and not constant."""
+    """Assert that every feature of `theirs` is in `mine`, in the same shape, within the tolerance, and not constant."""
     for name, tensor in theirs.items():
         far = distance(mine[name], tensor)
         assert far <= tolerance, f"{name}: {far:.2e} > {tolerance:.0e}"
@@ -117,14 +117,14 @@ def agree(mine: Mapping[str, Tensor], theirs: Mapping[str, Tensor], tolerance: f
 
 
 Expected = Callable[[Any, Tensor], dict[str, Tensor]]  # the reference and x_BCHW -> its outputs by our names
-ROUNDINGS = 6  # draws of what float32's rounding may do
-ROUNDING_FACTOR = 12  # times the largest of them: see `agree_to_rounding`
+ROUNDINGS = 6  # random draws of float32's rounding
+ROUNDING_FACTOR = 12  # times the largest draw: see `agree_to_rounding`
 
 
 def agree_to_rounding(
     mine: Mapping[str, Tensor], theirs: Mapping[str, Tensor], expected: Expected, model: Any, x_BCHW: Tensor
 ) -> None:
-    """As `agree`; where an output is further from the reference, it is held against float64 instead.
+    """Do as `agree`, but compare an output that is further from the reference with float64 instead.
 
     A network of random weights may multiply float32's rounding (a group with hardly any variance, a softmax between
     two near scores, logits that cancel), and then two right answers differ by more than the tolerance, by luck of the
@@ -142,8 +142,8 @@ def agree_to_rounding(
 
 
 def rounding(expected: Expected, model: Any, x_BCHW: Tensor) -> tuple[dict[str, Tensor], dict[str, float]]:
-    """The reference's outputs in float64, and how far one rounding to float32 of every weight, of the input and of
-    what every layer gives may move each of them."""
+    """Return the reference's outputs in float64, and how far each may move when every weight, the input and the output
+    of every layer are rounded once to float32."""
     exact = expected(model.double(), x_BCHW.double())
     floor = dict.fromkeys(exact, 0.0)
     for seed in range(ROUNDINGS):
@@ -163,8 +163,8 @@ def rounding(expected: Expected, model: Any, x_BCHW: Tensor) -> tuple[dict[str, 
 
 
 def _round_output(layer: Any, inputs: tuple[Tensor, ...], out: Any, generator: torch.Generator) -> Any:
-    """A hook. In a group norm (whose activation the reference has inside) the mean is rounded too, before it is taken
-    from what may be nearly the same."""
+    """A forward hook that rounds outputs. In a group norm (whose activation is inside in the reference) the mean is
+    rounded too, before it is subtracted from numbers that may be nearly equal."""
     if isinstance(layer, torch.nn.GroupNorm):
         x_BGE = inputs[0].reshape(len(inputs[0]), layer.num_groups, -1)
         over_std = (x_BGE.var(-1, keepdim=True, correction=0) + layer.eps).rsqrt()

@@ -15,8 +15,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from pipeline.models import attention, feed_forward, group_norm, layers, load_model, stem
-from pipeline.models.model import Model
+from img2parquet.models import layers, load_model
+from img2parquet.models.kernels import compiler
+from img2parquet.models.model import Model
 
 CHECKPOINTS = (
     "facebook/levit-128S",
@@ -25,11 +26,13 @@ CHECKPOINTS = (
     "microsoft/beit-base-patch16-224-pt22k",
     "microsoft/beit-base-finetuned-ade-640-640",
     "facebook/dinov2-with-registers-small",
+    "openai/clip-vit-base-patch32",
+    "google/siglip-base-patch16-224",
 )
 
 
 class Elsewhere(TorchDispatchMode):
-    """Operators that saw a tensor which is not on the model's device, or gave one."""
+    """Records operators that took or returned a tensor outside the model's device."""
 
     def __init__(self, device: str) -> None:
         super().__init__()
@@ -48,7 +51,7 @@ class Elsewhere(TorchDispatchMode):
 def elsewhere(model: Model, device: str, **inputs: Tensor) -> list[str]:
     pixels = torch.zeros((2, *model.card.preprocess.size_HW, 3), dtype=torch.uint8, device=device)
     wants = frozenset(model.card.gives)
-    model.forward_pixels(pixels, wants, **inputs)  # the first one makes what it keeps
+    model.forward_pixels(pixels, wants, **inputs)  # the first pass fills the caches
     with Elsewhere(device) as mode:
         features = model.forward_pixels(pixels, wants, **inputs)
     assert {name: tuple(feature.shape[1:]) for name, feature in features.items()} == dict(model.card.gives)
@@ -67,15 +70,14 @@ def test_a_mask_is_no_exception() -> None:
     assert elsewhere(model, "meta", mask_BN=torch.ones(2, 196, dtype=torch.bool, device="meta")) == []
 
 
-@pytest.mark.parametrize("name", [*CHECKPOINTS[:3], "microsoft/beit-base-patch16-224"])
+@pytest.mark.parametrize("name", [*CHECKPOINTS[:3], *CHECKPOINTS[6:], "microsoft/beit-base-patch16-224"])
 def test_without_what_only_a_cpu_has_the_numbers_are_the_same(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The operators that a GPU gets in place of oneDNN's and of our compiled ones."""
+    """Compare the operators that a GPU uses with oneDNN's and our compiled ones."""
     pixels = torch.randint(0, 256, (2, 224, 224, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     wants = frozenset({"pooled"})
     fused = load_model(name, weights="random(0)", image_size=224).forward_pixels(pixels, wants)["pooled"]
     monkeypatch.setattr(layers, "onednn_works", lambda dtype: False)
-    for module in (attention, feed_forward, group_norm, stem):
-        monkeypatch.setattr(module, "native_library", lambda: None)
+    monkeypatch.setattr(compiler, "native_library", lambda source: None)
     plain = load_model(name, weights="random(0)", image_size=224).forward_pixels(pixels, wants)["pooled"]
     assert (plain - fused).abs().max() <= 1e-5 * fused.abs().max()
     assert not torch.equal(plain, fused), "both took the same way"

@@ -23,9 +23,9 @@ from transformers import (
     BeitModel,
 )
 
-from pipeline.errors import CheckpointError, OutputUnavailable
-from pipeline.models import beit
-from pipeline.models.beit import Settings
+from img2parquet.errors import CheckpointError, OutputUnavailable
+from img2parquet.models import beit
+from img2parquet.models.beit import Settings
 from tests.models import oracle
 
 TINY: dict[str, Any] = {
@@ -68,6 +68,8 @@ ONE_AT_A_TIME: list[dict[str, Any]] = [
     {"initializer_range": 1.0},
     {"layer_norm_eps": 1e-2},
     {"image_size": 64},
+    {"image_size": 37},
+    {"image_size": [18, 55]},
     {"image_size": [16, 48]},
     {"image_size": [48, 16], "use_shared_relative_position_bias": True},
     {"image_size": [16, 64], "use_absolute_position_embeddings": True},
@@ -108,13 +110,18 @@ def test_each_field_alone(name: str, delta: dict[str, Any], tmp_path: Path) -> N
     check_agrees(name, {**TINY, **delta}, tmp_path)
 
 
+@pytest.mark.parametrize("delta", [{}, {"use_mean_pooling": False}], ids=str)
+def test_a_classifier_of_no_classes_gives_what_its_head_would_read(delta: dict[str, Any], tmp_path: Path) -> None:
+    check_agrees("BeitForImageClassification", {**TINY, **delta, "num_labels": 0}, tmp_path)
+
+
 @pytest.mark.parametrize("name", CLASSES)
 @pytest.mark.parametrize("delta", [{}, {"use_mean_pooling": False}, {"add_fpn": True}], ids=str)
 def test_names_that_transformers_has_in_memory(name: str, delta: dict[str, Any], tmp_path: Path) -> None:
     check_agrees(name, {**TINY, "use_shared_relative_position_bias": True, **delta}, tmp_path, in_memory_names=True)
 
 
-@pytest.mark.parametrize("size_HW", [(16, 16), (64, 64), (24, 48), (56, 40)], ids=str)
+@pytest.mark.parametrize("size_HW", [(16, 16), (64, 64), (24, 48), (56, 40), (53, 53), (45, 51)], ids=str)
 @pytest.mark.parametrize("name", CLASSES)
 def test_any_input_size(name: str, size_HW: tuple[int, int], tmp_path: Path) -> None:
     every = {
@@ -177,9 +184,8 @@ def test_published_parameters(entry: Any) -> None:
     with torch.device("meta"):
         module = beit.build(settings_, frozenset(beit.HEADS[entry.architecture]))
         theirs = CLASSES[entry.architecture](BeitConfig(**entry.config))
-    auxiliary = sum(p.numel() for n, p in theirs.named_parameters() if n.startswith("auxiliary_head."))
     assert sum(p.numel() for p in theirs.parameters()) == entry.parameters
-    assert sum(p.numel() for p in module.parameters()) == entry.parameters - auxiliary
+    assert sum(p.numel() for p in module.parameters()) == entry.parameters
     assert len(beit.PUBLISHED) == 11
 
 
@@ -205,7 +211,7 @@ def test_settings_equal_the_reference_field_by_field(tmp_path: Path) -> None:
     for delta in ONE_AT_A_TIME:
         reference: Any = BeitConfig(**{**TINY, **delta})
         ours = beit.read_settings(reference.to_dict(), (32, 32))
-        for field in set(ours.__dataclass_fields__) - {"input_size"}:
+        for field in set(ours.__dataclass_fields__) - {"input_size", "has_identity_head"}:
             assert getattr(ours, field) == plain(field, getattr(reference, field), reference), field
 
 
@@ -308,7 +314,7 @@ def test_bfloat16_drift_is_bounded(fast: bool, tmp_path: Path) -> None:
 # --- bad input ---
 
 BAD: list[tuple[dict[str, Any], str]] = [
-    ({"image_size": 30}, "image_size 30x30 is not made of whole 8x8 patches"),
+    ({"image_size": 7}, "image_size 7x7 is smaller than a patch, 8x8"),
     ({"patch_size": 0}, "`patch_size` is `0`"),
     ({"patch_size": [8, 8, 8]}, "`patch_size`"),
     ({"num_attention_heads": 5}, "`num_attention_heads` is `5`"),
@@ -346,8 +352,8 @@ def test_segmentation_needs_four_stages_and_a_grid_to_halve() -> None:
         beit.build(beit.read_settings({**TINY, "out_indices": [1, 2]}, (32, 32)), names)
     with pytest.raises(CheckpointError, match="too small"):
         beit.build(beit.read_settings(TINY, (8, 32)), names)
-    with pytest.raises(CheckpointError, match="input's size 36x32"):
-        beit.read_settings(TINY, (36, 32))
+    with pytest.raises(CheckpointError, match="input's size 7x32"):
+        beit.read_settings(TINY, (7, 32))
 
 
 def test_the_old_default_of_segmentation_indices_does_not_refuse_a_small_classifier() -> None:
@@ -425,7 +431,7 @@ def check_agrees(
     in_memory_names: bool = False,
     batch: int = 2,
 ) -> None:
-    """Save a seeded model of the reference, load it as ours, and compare everything that both give."""
+    """Save a seeded model of the reference, load it as ours, and compare every common output."""
     model = make(name, config)
     (oracle.saved_as_state_dict if in_memory_names else oracle.saved)(model, folder)
     side = config["image_size"]
@@ -454,7 +460,7 @@ def masks(config: Mapping[str, Any], name: str, size_HW: tuple[int, int], batch:
 
 
 def features_of(model: Any, x_BCHW: Tensor, mask_BN: Tensor | None) -> dict[str, Tensor]:
-    """What the reference gives, by our names; its own output last."""
+    """Map the reference's outputs to our names; its class's own output comes last."""
     inputs: dict[str, Any] = {} if mask_BN is None else {"bool_masked_pos": mask_BN}
     inputs |= {} if isinstance(model, BeitBackbone) else {"interpolate_pos_encoding": True}
     made = oracle.reference(model, x_BCHW, output_hidden_states=True, output_attentions=True, **inputs)
@@ -477,7 +483,7 @@ def features_of(model: Any, x_BCHW: Tensor, mask_BN: Tensor | None) -> dict[str,
 
 
 def plain(field: str, value: Any, config: Any) -> Any:
-    """A field of the reference's config in the form that Settings has."""
+    """Convert a field of the reference's config to the form in Settings."""
     if field in ("image_size", "patch_size"):
         return (value, value) if isinstance(value, int) else tuple(value)
     if field == "out_indices":

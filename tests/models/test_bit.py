@@ -1,4 +1,4 @@
-"""BiT against transformers: every config field, every class, plain and fast, and what is refused.
+"""BiT equals transformers for every config field and class, plain and fast; invalid configs are refused.
 
 The reference's names in memory and on disk are the same for BiT, so one saved checkpoint stands for both dialects.
 """
@@ -18,10 +18,10 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import BitBackbone, BitConfig, BitForImageClassification, BitModel
 
-from pipeline.errors import CheckpointError
-from pipeline.models import bit
-from pipeline.models.checkpoint import read_json
-from pipeline.models.group_norm import native_library
+from img2parquet.errors import CheckpointError
+from img2parquet.models import bit
+from img2parquet.models.checkpoint import read_json
+from img2parquet.models.kernels import compiler
 from tests.models import oracle
 
 TINY: dict[str, Any] = {
@@ -62,6 +62,7 @@ VARIED: dict[str, dict[str, Any]] = {  # each field away from the tiny config, o
         "hidden_sizes": [35, 44, 108], "layer_type": "bottleneck", "num_groups": 4, "headless": True
     },
     "num_labels": {"num_labels": 11},
+    "no label": {"num_labels": 0},
 }  # fmt: skip
 SIZES = [(1, 1), (3, 2), (7, 200), (31, 33), (64, 96), (65, 50), (113, 61)]
 
@@ -74,7 +75,7 @@ def reference(changes: dict[str, Any]) -> Any:
 
 
 def expected(model: Any, x_BCHW: Tensor) -> dict[str, Tensor]:
-    """The reference's outputs by our names."""
+    """Map the reference's outputs to our names."""
     base = getattr(model, "bit", model)
     outputs = oracle.reference(base, x_BCHW, output_hidden_states=True)
     states = zip(model.config.stage_names, outputs.hidden_states, strict=True)
@@ -86,7 +87,7 @@ def expected(model: Any, x_BCHW: Tensor) -> dict[str, Tensor]:
 
 
 def check_parity(model: Any, folder: Path, size_HW: tuple[int, int] = (65, 50), batch: int = 2) -> None:
-    """Every feature, plain and fast, from one saved checkpoint, with the shapes that `gives` promises."""
+    """Compare every feature, plain and fast, from one saved checkpoint, with the shapes that `gives` promises."""
     oracle.saved(model, folder)
     x_BCHW = oracle.pixels(batch, size_HW, model.config.num_channels)
     theirs = expected(model, x_BCHW)
@@ -187,13 +188,13 @@ def test_bfloat16_drifts_no_further_than_the_reference_in_bfloat16(wide: tuple[A
 
 def test_without_a_compiler_it_is_as_exact(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("IMG2PARQUET_NATIVE", "0")
-    native_library.cache_clear()
+    compiler.native_library.cache_clear()
     try:
         for layer_type in bit.LAYER_TYPES:
             check_parity(reference({"layer_type": layer_type}), tmp_path / layer_type)
     finally:
         monkeypatch.undo()
-        native_library.cache_clear()
+        compiler.native_library.cache_clear()
 
 
 @pytest.mark.parametrize(
@@ -244,7 +245,7 @@ def test_stages_that_nothing_needs_are_not_run(fast: bool, tmp_path: Path) -> No
 
 
 def test_features_do_not_change_when_others_are_asked_for(tmp_path: Path) -> None:
-    """The fast form writes over some of its own maps; none of them may be one that was given out."""
+    """The fast form overwrites some of its own maps, but never one that it returned."""
     for layer_type in bit.LAYER_TYPES:
         oracle.saved(reference({"layer_type": layer_type}), tmp_path / layer_type)
         backbone = oracle.ours(tmp_path / layer_type)
@@ -281,7 +282,7 @@ def test_config_is_read_field_by_field(said: dict[str, Any], tmp_path: Path) -> 
     read = bit.read_settings(read_json(tmp_path / "config.json"), (48, 64))
     assert read == bit.read_settings({**said, "id2label": config.id2label}, (48, 64)), "defaults are the reference's"
     for field in dataclasses.fields(bit.Settings):
-        if field.name != "input_size":
+        if field.name not in ("input_size", "has_identity_head"):
             theirs = getattr(config, field.name)
             assert getattr(read, field.name) == (tuple(theirs) if isinstance(theirs, list) else theirs), field.name
 

@@ -1,4 +1,4 @@
-"""Files to a filled module: layouts, dtypes, hashes, and a corpus of checkpoints that must be refused."""
+"""Checkpoints fill a module: layouts, dtypes, hashes, and a corpus of checkpoints that must be refused."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import LevitConfig, LevitForImageClassificationWithTeacher, ViTMSNConfig, ViTMSNForImageClassification
 
-from pipeline.errors import CheckpointError, ModelError, UnknownModel
-from pipeline.models import checkpoint, levit, vit_msn
+from img2parquet.errors import CheckpointError, ModelError, UnknownModel
+from img2parquet.models import checkpoint, levit, vit_msn
 from tests.models import oracle
 
 SHARDS = ("model-00001-of-00002", "model-00002-of-00002")
@@ -48,7 +48,7 @@ def rewrite(folder: Path, change: Callable[[Tensors], object]) -> None:
 
 
 def shard(folder: Path, suffix: str = ".safetensors") -> None:
-    """The same weights in two files and an index."""
+    """Split the weights into two files with an index."""
     tensors = load_file(folder / "model.safetensors")
     (folder / "model.safetensors").unlink()
     names, base = sorted(tensors), "model" if suffix == ".safetensors" else "pytorch_model"
@@ -168,7 +168,7 @@ BAD: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda f: edit_json(f / "config.json", intermediate_size=24),
         r"6 misshapen: .*intermediate.dense.bias is \(20,\), config.json makes it \(24,\)",
     ),
-    "both dialects": (lambda f: rewrite(f, both_dialects), "are both `blocks.0.attention.q.weight`"),
+    "both dialects": (lambda f: rewrite(f, both_dialects), "both mean `blocks.0.attention.q.weight`"),
     "integers": (
         lambda f: rewrite(f, lambda t: t.update({"classifier.bias": torch.zeros(2, dtype=torch.int8)})),
         "`classifier.bias` is I8, not one of",
@@ -182,12 +182,12 @@ BAD: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "index outside": (index_says("../outside.safetensors"), "`../outside.safetensors` is outside"),
     "index absolute": (index_says("/etc/passwd"), "`/etc/passwd` is outside"),
-    "index to nothing": (index_says("gone.safetensors"), "`gone.safetensors`, which is not there"),
+    "index to nothing": (index_says("gone.safetensors"), "`gone.safetensors`, which does not exist"),
     "index without a map": (
         lambda f: (shard(f), edit_json(f / "model.safetensors.index.json", weight_map={})),
         "no `weight_map`",
     ),
-    "a shard deleted": (lambda f: (shard(f), (f / f"{SHARDS[1]}.safetensors").unlink()), "which is not there"),
+    "a shard deleted": (lambda f: (shard(f), (f / f"{SHARDS[1]}.safetensors").unlink()), "which does not exist"),
     "in two shards": (
         lambda f: (shard(f), shutil.copy(f / f"{SHARDS[0]}.safetensors", f / f"{SHARDS[1]}.safetensors")),
         "is in two files",
@@ -201,7 +201,6 @@ BAD: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda f: ((f / "model.safetensors").unlink(), torch.save([1, 2], f / "pytorch_model.bin")),
         "not a table of tensors",
     ),
-    "labels that skip one": (lambda f: edit_json(f / "config.json", id2label={"0": "a", "2": "b"}), "not 0 to 1"),
     "wrong model type": (lambda f: edit_json(f / "config.json", model_type="vit-msn"), "did you mean `vit_msn`"),
     "unknown model type": (lambda f: edit_json(f / "config.json", model_type="whisper"), "known: .*levit"),
     "another family": (lambda f: edit_json(f / "config.json", model_type="levit"), "num_attention_heads"),
@@ -235,7 +234,7 @@ def test_pickled_code_is_never_run(how: str, folder: Path, tmp_path: Path) -> No
         (folder / "pytorch_model.bin").write_bytes(pickle.dumps(bomb))
     else:
         torch.save(bomb, folder / "pytorch_model.bin")
-    with pytest.raises(CheckpointError, match=r"pickled code(.|\n)*it was not run"):
+    with pytest.raises(CheckpointError, match=r"pickled code(.|\n)*no code was run"):
         features(folder)
     assert not marker.exists()
 

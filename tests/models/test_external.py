@@ -1,4 +1,4 @@
-"""Models that other libraries compute, behind our `Model`: a table of them, each against the library itself."""
+"""Models that other libraries compute equal the library itself; a table lists them."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import json
 import sys
 import types
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,12 @@ import transformers
 from PIL import Image
 from torch import nn
 
-import pipeline
-from pipeline.errors import CheckpointError, Img2ParquetError, MissingDependency, OutputUnavailable, UnknownModel
-from pipeline.job import identity, parse_job
-from pipeline.models import external, load_model, read_card
+import img2parquet
+from img2parquet.errors import CheckpointError, Img2ParquetError, MissingDependency, OutputUnavailable, UnknownModel
+from img2parquet.job import parse_job
+from img2parquet.models import ModelSpec, external, load_model, read_card
+from img2parquet.models.processor import read_processor
+from img2parquet.run_identity import identity
 from tests.models import oracle
 
 VIT = {
@@ -44,6 +47,10 @@ TABLE: dict[str, tuple[str, str, dict[str, Any], dict[str, str]]] = {  # class, 
              {"tokens": "last_hidden_state", "pooled": "image_embeds"}),
     "clip_tower": ("CLIPVisionModelWithProjection", "CLIPVisionConfig", {**VIT, "projection_dim": 12},
                    {"tokens": "last_hidden_state", "pooled": "image_embeds"}),
+    "siglip_classifier": ("SiglipForImageClassification", "SiglipConfig",
+                          {"vision_config": VIT, "text_config": TEXT, "num_labels": 3}, {"logits": "logits"}),
+    "clip_classifier": ("CLIPForImageClassification", "CLIPConfig",
+                        {"vision_config": VIT, "text_config": TEXT, "num_labels": 3}, {"logits": "logits"}),
     "siglip": ("SiglipVisionModel", "SiglipVisionConfig", VIT,
                {"tokens": "last_hidden_state", "pooled": "pooler_output"}),
     "vit": ("ViTForImageClassification", "ViTConfig", {**VIT, "num_labels": 3}, {"logits": "logits"}),
@@ -56,9 +63,11 @@ TABLE: dict[str, tuple[str, str, dict[str, Any], dict[str, str]]] = {  # class, 
     "swin": ("SwinForImageClassification", "SwinConfig", {**SWIN, "num_labels": 3}, {"logits": "logits"}),
     "segformer": ("SegformerForSemanticSegmentation", "SegformerConfig", SEGFORMER, {"segmentation": "logits"}),
 }  # fmt: skip
-KINDS = {  # what each makes possible beside it
+KINDS = {  # further features that each one implies
     "clip": {"pooled", "pooled:cls", "pooled:mean", "tokens", "tokens:2"},
     "siglip": {"pooled", "pooled:mean", "tokens", "tokens:0"},
+    "siglip_classifier": {"logits", "pooled", "pooled:mean", "tokens"},
+    "clip_classifier": {"logits", "pooled", "pooled:cls", "tokens"},
     "vit": {"pooled", "logits", "tokens:2"},
     "dinov3_vit": {"pooled", "pooled:cls", "tokens"},
     "convnext": {"pooled", "pooled:mean", "logits", "feature_maps:stem", "feature_maps:stage4"},
@@ -90,11 +99,11 @@ def test_an_architecture_gives_what_its_library_gives(name: str, tmp_path: Path)
     assert {key: tuple(value.shape[1:]) for key, value in everything.items()} == dict(ours.card.gives)
     assert KINDS.get(name, set()) <= ours.card.gives.keys()
     assert ours.card.implementation == f"reference (transformers {transformers.__version__})"
-    assert ours.card == read_card(f"transformers:{folder}")
+    assert ours.card == read_card(ModelSpec(f"transformers:{folder}"))
 
 
 def test_mask2former_s_semantic_maps(tmp_path: Path) -> None:
-    """Against its processor's own post-processing, to the source's size."""
+    """Compare with the processor's own post-processing, at the source's size."""
     backbone = transformers.SwinConfig(
         **SWIN | {"depths": [1, 1, 1, 1], "num_heads": [1, 1, 1, 1]}, out_indices=[1, 2, 3, 4]
     )
@@ -132,16 +141,16 @@ def test_native_and_reference_agree(name: str, tmp_path: Path) -> None:
 def test_the_identity_names_the_library_and_its_version(tmp_path: Path) -> None:
     _, folder = made("dinov3_vit", tmp_path)
     job = job_of(f"transformers:{folder}", tmp_path, [{"kind": "embedding"}])
-    said = identity(job, job.models[0], read_card(f"transformers:{folder}"), "float32")
+    said = identity(job, job.models[0], read_card(ModelSpec(f"transformers:{folder}")), "float32")
     assert said["implementation"] == f"reference (transformers {transformers.__version__})"
     assert said["family"] == "transformers/dinov3_vit"
     native = made("dinov2", tmp_path / "native")[1]
-    assert "implementation" not in identity(job, job.models[0], read_card(str(native)), "float32")
+    assert "implementation" not in identity(job, job.models[0], read_card(ModelSpec(str(native))), "float32")
 
 
 def test_random_weights_and_another_dtype() -> None:
     name = "transformers:convnext"
-    cards = [read_card(name, weights=f"random({seed})") for seed in (3, 3, 4)]
+    cards = [read_card(ModelSpec(name, weights=f"random({seed})")) for seed in (3, 3, 4)]
     assert cards[0].weights_hash == cards[1].weights_hash != cards[2].weights_hash
     model, again = (load_model(name, weights="random(3)", image_size=64) for _ in range(2))
     image = Image.effect_noise((90, 70), 80).convert("RGB")
@@ -166,9 +175,9 @@ def test_a_whole_job(tmp_path: Path) -> None:
         "dtype": "float32",
     })  # fmt: skip
     assert [model.name for model in job.models] == ["vit", "clip"]
-    summary = pipeline.run(job, runner="local")
+    summary = img2parquet.run(job, runner="local")
     assert summary.rows_written == {"vit": 3, "clip": 3}
-    table = pipeline.open_results(str(tmp_path / "out"), model="clip").to_table()
+    table = img2parquet.open_results(str(tmp_path / "out"), model="clip").to_table()
     vectors = np.stack(table["embedding"].to_numpy(zero_copy_only=False))
     assert vectors.shape == (3, 12) and np.allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-5)
 
@@ -180,9 +189,9 @@ def test_a_job_names_them_without_secrets(tmp_path: Path) -> None:
     assert job_of("timm:resnet50.a1_in1k", tmp_path, [{"kind": "embedding"}]).models[0].name == "resnet50.a1_in1k"
 
 
-def test_the_job_that_ships(tmp_path: Path) -> None:
-    job = pipeline.load_job(str(Path(__file__).parents[2] / "jobs" / "embed_clip.yaml"))
-    assert external.is_external(job.models[0].model)
+def test_the_job_that_ships() -> None:
+    job = img2parquet.load_job(str(Path(__file__).parents[2] / "jobs" / "embed_clip.yaml"))
+    assert [model.name for model in job.models] == ["clip-vit-base-patch32", "dinov2-base"]
 
 
 def job_of(model: str, folder: Path, outputs: list[dict[str, Any]]) -> Any:
@@ -202,7 +211,7 @@ def edit(folder: Path, name: str, **changed: Any) -> None:
 
 WRONG: dict[str, tuple[Callable[[Path], Any], type[Img2ParquetError], str]] = {
     "an unknown architecture": (
-        lambda f: edit(f, "config.json", model_type="swinn"), UnknownModel, "`swinn` is no architecture(.|\n)*`swin`"
+        lambda f: edit(f, "config.json", model_type="swinn"), UnknownModel, "unknown architecture `swinn`(.|\n)*`swin`"
     ),
     "another head": (
         lambda f: edit(f, "config.json", architectures=["ViTForMaskedImageModeling"]), UnknownModel,
@@ -236,14 +245,14 @@ def test_what_is_refused(break_it: Any, error: Any, said: str, tmp_path: Path) -
     _, folder = made("vit", tmp_path)
     break_it(folder)
     with pytest.raises(error, match=said):
-        read_card(f"transformers:{folder}")
+        read_card(ModelSpec(f"transformers:{folder}"))
 
 
 def test_an_output_that_it_cannot_give(tmp_path: Path) -> None:
     _, folder = made("siglip", tmp_path)
     job = job_of(f"transformers:{folder}", tmp_path, [{"kind": "labels"}])
     with pytest.raises(OutputUnavailable, match="needs `logits`, which model"):
-        job.models[0].outputs[0].wants(read_card(f"transformers:{folder}"))
+        job.models[0].outputs[0].wants(read_card(ModelSpec(f"transformers:{folder}")))
 
 
 def test_a_library_that_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -256,7 +265,7 @@ def test_a_library_that_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> Non
 
     monkeypatch.setattr(external.importlib, "import_module", without)
     with pytest.raises(MissingDependency, match=r"need the package transformers(.|\n)*img2parquet\[transformers\]"):
-        read_card("transformers:openai/clip-vit-base-patch32")
+        read_card(ModelSpec("transformers:openai/clip-vit-base-patch32"))
 
 
 # --- processors ---
@@ -273,7 +282,7 @@ def test_a_library_that_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> Non
     ],
 )
 def test_convnext_crops_below_384(said: dict[str, Any], image_size: Any, expected: Any) -> None:
-    found = external.read_processor({"image_processor_type": "ConvNextFeatureExtractor", **said}, "", image_size)
+    found = read_processor({"image_processor_type": "ConvNextFeatureExtractor", **said}, {}, "", image_size).settings
     assert (found.resize, found.resize_height, found.size_HW) == expected
 
 
@@ -282,8 +291,8 @@ def test_convnext_crops_below_384(said: dict[str, Any], image_size: Any, expecte
     [("CLIP", (224, 224)), ("Siglip", (224, 224)), ("Segformer", (512, 512)), ("DINOv3ViT", (224, 224))],
 )
 def test_defaults_of_the_processors(kind: str, size_HW: tuple[int, int]) -> None:
-    """As transformers' class has them; read as text where the class itself needs torchvision."""
-    found = external.read_processor({}, f"{kind}ImageProcessor", None)
+    """Read the defaults of transformers' class; from its source text if the class itself needs torchvision."""
+    found = read_processor({}, {}, f"{kind}ImageProcessor").settings
     assert found.size_HW == size_HW
     theirs = getattr(transformers, f"{kind}ImageProcessorPil", None)
     if kind == "DINOv3ViT":
@@ -296,15 +305,15 @@ def test_defaults_of_the_processors(kind: str, size_HW: tuple[int, int]) -> None
 def test_images_of_every_size_need_one() -> None:
     said = {"image_processor_type": "Mask2FormerImageProcessor", "size": {"shortest_edge": 640, "longest_edge": 2560}}
     with pytest.raises(CheckpointError, match=r"different sizes(.|\n)*image_size: \[512, 512\]"):
-        external.read_processor(said, "", None)
-    assert external.read_processor(said, "", (384, 512)).size_HW == (384, 512)
+        read_processor(said, {}, "")
+    assert read_processor(said, {}, "", (384, 512)).settings.size_HW == (384, 512)
 
 
-# --- timm, by a stand-in: timm itself imports torchvision, which need not be here ---
+# --- timm, by a fake: timm itself imports torchvision, which may not be installed ---
 
 
 class Net(nn.Module):
-    """What of a timm model is asked for."""
+    """The part of timm's interface that is used."""
 
     num_classes = 4
 
@@ -358,6 +367,71 @@ def test_timm_from_a_folder(timm: Any, tmp_path: Path) -> None:
     oracle.agree(model.forward_pixels(pixels, frozenset({"logits"})), {"logits": theirs})
 
 
+FLAT = {"input_size": [3, 40, 40], "crop_pct": 0.8, "mean": [0.1, 0.2, 0.3], "std": [0.9], "interpolation": "bilinear"}
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_timm_s_settings_lie_flat_or_in_a_section(nested: bool, timm: Any, tmp_path: Path) -> None:
+    """Before timm 0.8 they were at the top of config.json, with `labels` for the classes' names."""
+    timm_folder(tmp_path)
+    said = {"pretrained_cfg": {**FLAT, "label_names": list("wxyz")}} if nested else {**FLAT, "labels": list("wxyz")}
+    (tmp_path / "config.json").write_text(json.dumps({"architecture": "net", "num_classes": 4, **said}))
+    card = read_card(ModelSpec(f"timm:{tmp_path}"))
+    settings = card.preprocess
+    assert (settings.resize_height, settings.size_HW, settings.resample) == (50, (40, 40), "bilinear")
+    assert (settings.mean, settings.std, card.labels) == ((0.1, 0.2, 0.3), (0.9,) * 3, tuple("wxyz"))
+    assert not any("timm's defaults" in note for note in card.notes)
+    pil = read_card(ModelSpec(f"timm:{tmp_path}", preprocess="pil"))
+    assert pil.preprocess == replace(settings, pixels="timm") and "Pillow's" in pil.notes[1]
+
+
+def test_timm_s_settings_that_are_left_out_are_timm_s_defaults(timm: Any, tmp_path: Path) -> None:
+    timm_folder(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({"architecture": "net", "num_classes": 4, "crop_pct": None}))
+    card = read_card(ModelSpec(f"timm:{tmp_path}"))
+    assert (card.preprocess.resize_height, card.preprocess.size_HW) == (256, (224, 224))
+    assert card.preprocess.resample == "bicubic" and card.preprocess.mean == (0.485, 0.456, 0.406)
+    assert any("config.json does not say input_size, interpolation, crop_pct" in note for note in card.notes)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ({"input_size": [2, 32, 32]}, "num_channels: `2`"),
+        ({"input_size": 32}, "input_size: `32`"),
+        ({"crop_pct": "big"}, "crop_pct: `big`"),
+        ({"interpolation": "random"}, "timm's random"),
+        ({"crop_mode": "border"}, "crop mode border"),
+        ({"mean": "half"}, "`image_mean` is 'half'"),
+        ({"pretrained_cfg": [1]}, r"`pretrained_cfg` is \[1\]"),
+        ({"quantization_config": {"quant_method": "torchao"}}, "torchao weights are not supported"),
+    ],
+)
+def test_timm_s_settings_that_cannot_work(wrong: dict[str, Any], said: str, timm: Any, tmp_path: Path) -> None:
+    timm_folder(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({"architecture": "net", "num_classes": 4, **FLAT, **wrong}))
+    with pytest.raises(CheckpointError, match=said):
+        read_card(ModelSpec(f"timm:{tmp_path}"))
+
+
+def test_whatever_timm_raises_is_one_error(timm: Any, tmp_path: Path) -> None:
+    def raises(*args: Any, **kwargs: Any) -> None:
+        raise AssertionError("img_size must divide")
+
+    timm.create_model = raises
+    with pytest.raises(CheckpointError, match="timm cannot build it: AssertionError: img_size must divide"):
+        read_card(ModelSpec(f"timm:{timm_folder(tmp_path)}"))
+
+
+def test_a_package_that_cannot_be_imported_is_one_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(name: str) -> None:
+        raise RuntimeError("operator torchvision::nms does not exist")
+
+    monkeypatch.setattr(external.importlib, "import_module", fails)
+    with pytest.raises(MissingDependency, match="timm cannot be imported: RuntimeError: operator torchvision::nms"):
+        read_card(ModelSpec("timm:resnet18", weights="random(0)"))
+
+
 def test_timm_that_cannot_be(timm: Any, tmp_path: Path) -> None:
     with pytest.raises(UnknownModel, match=r"no architecture `nett`(.|\n)*`net`"):
         load_model("timm:nett", weights="random(0)")
@@ -368,7 +442,7 @@ def test_timm_that_cannot_be(timm: Any, tmp_path: Path) -> None:
 
     save_file({"stem.bias": torch.zeros(6)}, folder / "model.safetensors")
     with pytest.raises(CheckpointError, match="do not fit timm's model"):
-        read_card(f"timm:{folder}")
+        read_card(ModelSpec(f"timm:{folder}"))
 
 
 def test_timm_without_torchvision_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -380,12 +454,14 @@ def test_timm_without_torchvision_says_so(monkeypatch: pytest.MonkeyPatch) -> No
         return real(name, *more)
 
     monkeypatch.setattr(external.importlib, "import_module", without)
-    with pytest.raises(MissingDependency, match=r"it needs the package torchvision(.|\n)*goes with your torch"):
-        read_card("timm:resnet18", weights="random(0)")
+    with pytest.raises(
+        MissingDependency, match=r"the package torchvision, which it needs, is not(.|\n)*matches your torch"
+    ):
+        read_card(ModelSpec("timm:resnet18", weights="random(0)"))
 
 
 def test_real_timm() -> None:
-    """Only where timm can be imported, which takes torchvision."""
+    """Runs only where timm can be imported, which needs torchvision."""
     timm = pytest.importorskip("timm", exc_type=ImportError)
     pixels = np.random.default_rng(0).integers(0, 255, (2, 64, 64, 3), dtype=np.uint8)
     for name in ("resnet18", "vit_tiny_patch16_224", "convnext_atto"):

@@ -1,14 +1,13 @@
-"""Shared layers: fused against plain torch, the activations against the reference's."""
+"""Fused layers equal plain torch."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 import torch.nn.functional as F
-from transformers.activations import ACT2FN
 
-from pipeline.errors import CheckpointError
-from pipeline.models import layers
+from img2parquet.models import layers
+from img2parquet.models.kernels.activations import ACTIVATIONS
 from tests.models import oracle
 
 
@@ -16,21 +15,9 @@ def noise(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
-@pytest.mark.parametrize("name", sorted(ACT2FN.keys() & layers.ACTIVATIONS.keys()))
-def test_activations_are_the_reference_s(name: str) -> None:
-    x = 4 * noise(3, 50)
-    oracle.agree({name: layers.activation(name)(x)}, {name: ACT2FN[name](x)}, 1e-6)
-
-
-def test_no_activation_of_the_reference_is_forgotten() -> None:
-    assert ACT2FN.keys() - layers.ACTIVATIONS.keys() == {"prelu", "xielu"}  # these have trained parameters
-    with pytest.raises(CheckpointError, match="trained parameters"):
-        layers.activation("prelu")
-
-
 @pytest.mark.skipif(not torch._C._has_mkldnn, reason="torch without oneDNN")
 def test_the_self_test_passes_where_onednn_is() -> None:
-    """Else everything would fall back in silence, right but slow."""
+    """Otherwise everything would silently fall back, correct but slow."""
     assert layers.onednn_works(torch.float32)
     assert not layers.onednn_works(torch.float64)
 
@@ -43,11 +30,11 @@ def test_the_self_test_finds_a_wrong_operator(monkeypatch: pytest.MonkeyPatch) -
 
 
 @pytest.mark.parametrize("fused", [False, True])
-@pytest.mark.parametrize("activation", sorted(layers.ACTIVATIONS))
+@pytest.mark.parametrize("activation", sorted(ACTIVATIONS))
 def test_linear(activation: str, fused: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(layers, "onednn_works", lambda dtype: fused)
     x, weight, bias, residual = noise(2, 7, 24), noise(16, 24, seed=1), noise(16, seed=2), noise(2, 7, 16, seed=3)
-    theirs = layers.ACTIVATIONS[activation](F.linear(x, weight, bias))
+    theirs = ACTIVATIONS[activation](F.linear(x, weight, bias))
     oracle.agree({"y": layers.fused_linear(weight, bias, activation)(x)}, {"y": theirs})
     oracle.agree({"y": layers.fused_linear(weight)(x, residual)}, {"y": F.linear(x, weight) + residual})
 
@@ -63,7 +50,7 @@ def test_conv(at: tuple[int, int, int], fused: bool, monkeypatch: pytest.MonkeyP
     kept = x.clone(), residual.clone()
     for activation in ("linear", "relu", "hardswish"):
         conv = layers.fused_conv(weight, bias, stride=stride, padding=padding, dilation=dilation, activation=activation)
-        act = layers.ACTIVATIONS[activation]
+        act = ACTIVATIONS[activation]
         oracle.agree({"y": conv(x)}, {"y": act(theirs)})
         oracle.agree({"y": conv(x, residual)}, {"y": act(theirs + residual)})
     assert torch.equal(x, kept[0]) and torch.equal(residual, kept[1])

@@ -1,4 +1,4 @@
-"""The rule for outputs that float32's rounding has moved: lenient where rounding explains it, and nowhere else."""
+"""The comparison tolerates differences that float32's rounding explains, and no others."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from tests.models import oracle
 
 
 class Cancels(nn.Module):
-    """What is left of two large terms: float32 keeps three or four digits of it."""
+    """The small difference of two large terms: float32 keeps three or four digits of it."""
 
     def __init__(self) -> None:
         super().__init__()

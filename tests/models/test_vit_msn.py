@@ -1,4 +1,4 @@
-"""ViTMSN against transformers: every config field, every class, both dialects, plain and fast."""
+"""ViTMSN equals transformers for every config field, class and dialect, plain and fast."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 from transformers import ViTMSNConfig, ViTMSNForImageClassification, ViTMSNModel
 from transformers.activations import ACT2FN
 
-from pipeline.errors import CheckpointError, OutputUnavailable
-from pipeline.models import Published, vit_msn
-from pipeline.models.checkpoint import read_json
-from pipeline.models.layers import ACTIVATIONS
+from img2parquet.errors import CheckpointError, OutputUnavailable
+from img2parquet.models import Published, vit_msn
+from img2parquet.models.checkpoint import read_json
+from img2parquet.models.kernels.activations import ACTIVATIONS
 from tests.models import oracle
 
 TINY: dict[str, Any] = {
@@ -39,12 +39,14 @@ VARIED = {  # each field away from the tiny config, one at a time
     "initializer_range": {"initializer_range": 1.0},
     "layer_norm_eps": {"layer_norm_eps": 0.1},
     "image_size": {"image_size": 40},
+    "image_size_cut": {"image_size": 37},
     "not_square": {"image_size": [16, 48]},
     "patch_size": {"patch_size": 4},
     "patch_not_square": {"patch_size": [8, 4]},
     "num_channels": {"num_channels": 1},
     "qkv_bias": {"qkv_bias": False},
     "num_labels": {"num_labels": 9},
+    "num_labels_0": {"num_labels": 0},
     **{f"hidden_act_{name}": {"hidden_act": name} for name in SHARED_ACTIVATIONS},
 }
 
@@ -54,7 +56,7 @@ def config(**changed: Any) -> ViTMSNConfig:
 
 
 def expected(model: Any, outputs: Any) -> dict[str, torch.Tensor]:
-    """The reference's outputs by our names."""
+    """Map the reference's outputs to our names."""
     found = {f"tokens:{k}": tensor for k, tensor in enumerate(outputs.hidden_states)}
     found |= {f"attentions:{k}": tensor for k, tensor in enumerate(outputs.attentions)}
     if isinstance(model, ViTMSNForImageClassification):
@@ -64,7 +66,7 @@ def expected(model: Any, outputs: Any) -> dict[str, torch.Tensor]:
 
 
 def check_parity(model: Any, folder: Path, size_HW: tuple[int, int] | None = None, **inputs: torch.Tensor) -> None:
-    """Every feature, plain and fast, from one saved checkpoint, with the shapes that `gives` promises."""
+    """Compare every feature, plain and fast, from one saved checkpoint, with the shapes that `gives` promises."""
     side = model.config.image_size
     trained = tuple(side) if isinstance(side, list | tuple) else (side, side)
     x_BCHW = oracle.pixels(2, size_HW or trained, model.config.num_channels)
@@ -128,7 +130,9 @@ def test_random_combinations(
     check_parity(model, oracle.saved(model, tmp_path_factory.mktemp("msn"), seed), size_HW)
 
 
-@pytest.mark.parametrize("size_HW", [(48, 48), (16, 16), (16, 64), (40, 24), (32, 32), (8, 8)])
+@pytest.mark.parametrize(
+    "size_HW", [(48, 48), (16, 16), (16, 64), (40, 24), (32, 32), (8, 8), (37, 37), (39, 33), (45, 51)]
+)
 def test_other_sizes_resize_the_positions(size_HW: tuple[int, int], tmp_path: Path) -> None:
     """(16, 64) has as many patches as the trained (32, 32), and the reference still resizes."""
     model = ViTMSNModel(config())
@@ -138,7 +142,7 @@ def test_other_sizes_resize_the_positions(size_HW: tuple[int, int], tmp_path: Pa
     assert bool(notes) == (size_HW != (32, 32))
 
 
-@pytest.mark.parametrize("size_HW", [None, (40, 24)])
+@pytest.mark.parametrize("size_HW", [None, (40, 24), (47, 25)])
 def test_masked_patches(size_HW: tuple[int, int] | None, tmp_path: Path) -> None:
     model = ViTMSNModel(config(), use_mask_token=True)
     h, w = size_HW or (32, 32)
@@ -208,7 +212,7 @@ def test_defaults_are_the_reference_s() -> None:
 
 
 def compare_fields(theirs: ViTMSNConfig, mine: vit_msn.Settings) -> None:
-    for field in vit_msn.Settings.__dataclass_fields__.keys() - {"input_size"}:
+    for field in vit_msn.Settings.__dataclass_fields__.keys() - {"input_size", "has_identity_head"}:
         value = getattr(theirs, field)
         if field in ("image_size", "patch_size"):
             value = tuple(value) if isinstance(value, list | tuple) else (value, value)
@@ -230,8 +234,8 @@ def test_bfloat16_drift(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changed", "size_HW", "said"),
     [
-        ({"image_size": 30}, (32, 32), "30x30 is not divisible by the patch size, 8x8(.|\n)*nearest that is: 32x32"),
-        ({}, (33, 32), "33x32 is not divisible"),
+        ({"image_size": 7}, (32, 32), "config.json: image_size: 7x7 is smaller than a patch, 8x8"),
+        ({}, (33, 7), "image_size: 33x7 is smaller than a patch, 8x8(.|\n)*multiple of the patch size"),
         ({"num_attention_heads": 5}, (32, 32), "not divisible by num_attention_heads 5"),
         ({"hidden_act": "gelo"}, (32, 32), "unknown activation `gelo`(.|\n)*did you mean `gelu`"),
         ({"hidden_act": "xielu"}, (32, 32), "trained parameters of its own"),
@@ -240,7 +244,7 @@ def test_bfloat16_drift(tmp_path: Path) -> None:
         ({"patch_size": [8, 8, 8]}, (32, 32), "patch_size"),
         ({"layer_norm_eps": -1}, (32, 32), "layer_norm_eps"),
         ({"qkv_bias": "yes"}, (32, 32), "qkv_bias"),
-        ({"image_size": [16, 64]}, (32, 32), "not square, cannot be resized"),
+        ({"image_size": [16, 64]}, (32, 32), "cannot be resized, since it is not square"),
     ],
 )
 def test_bad_values_are_refused_before_anything_is_read(

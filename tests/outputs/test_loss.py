@@ -1,4 +1,4 @@
-"""Losses equal the reference's, row by row; truths that cannot be understood are refused; a job reports the mean."""
+"""Check that losses equal the reference's for each row, that bad ground truth is refused, that jobs report the mean."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from transformers import (
     BeitConfig,
     BeitForImageClassification,
@@ -29,22 +30,23 @@ from transformers import (
     ViTMSNForImageClassification,
 )
 
-from pipeline import tell
-from pipeline.driver import run
-from pipeline.errors import JobError, OutputUnavailable, PartFailed
-from pipeline.job import identity, parse_job
-from pipeline.models import Card
-from pipeline.outputs import BatchRows, maps
-from pipeline.outputs.loss import Loss, loss_of_map
-from pipeline.preprocess import PreprocessSettings
-from pipeline.results import open_results
-from pipeline.storage import Store
+from img2parquet.cli import output
+from img2parquet.engine.driver import run
+from img2parquet.errors import CheckpointError, JobError, OutputUnavailable, PartFailed
+from img2parquet.images.preprocess import PreprocessSettings
+from img2parquet.job import parse_job
+from img2parquet.models import Card
+from img2parquet.outputs import BatchRows, resize_maps
+from img2parquet.outputs.loss import Loss, loss_of_map
+from img2parquet.results.reader import open_results
+from img2parquet.run_identity import identity
+from img2parquet.storage import Store
 from tests.models import oracle
 from tests.models.test_beit import TINY as BEIT
 from tests.models.test_bit import TINY as BIT
 from tests.models.test_levit import TINY as LEVIT
 from tests.models.test_vit_msn import TINY as VIT_MSN
-from tests.small import GOOD, job_dict, make_checkpoint, make_shards
+from tests.support.small_job import GOOD, job_dict
 
 CLASSIFIERS = {
     "beit": (BeitForImageClassification, BeitConfig, BEIT),
@@ -52,14 +54,14 @@ CLASSIFIERS = {
     "levit": (LevitForImageClassification, LevitConfig, LEVIT),
     "vit_msn": (ViTMSNForImageClassification, ViTMSNConfig, VIT_MSN),
 }
-# problem_type of config.json, how many classes, a truth for each of three rows
+# problem_type of config.json, number of classes, ground truth of three rows
 PROBLEMS: dict[str, tuple[str | None, int, list[Any]]] = {
     "ids": (None, 5, [4, 0, 2]),
-    "ids, said": ("single_label_classification", 5, [4, 0, 2]),
+    "ids, configured": ("single_label_classification", 5, [4, 0, 2]),
     "one number": (None, 1, [0.25, -3.0, 7.5]),
-    "numbers, said": ("regression", 3, [[1.0, 2.0, -3.0], [0.0, 0.5, 1.0], [9.0, 8.0, 7.0]]),
+    "numbers, configured": ("regression", 3, [[1.0, 2.0, -3.0], [0.0, 0.5, 1.0], [9.0, 8.0, 7.0]]),
     "shares": (None, 3, [[1.0, 0.0, 1.0], [0.0, 0.0, 0.0], [0.25, 0.5, 1.0]]),
-    "shares, said": ("multi_label_classification", 3, [[1.0, 0.0, 1.0], [0.0, 1.0, 0.0], [1.0, 1.0, 1.0]]),
+    "shares, configured": ("multi_label_classification", 3, [[1.0, 0.0, 1.0], [0.0, 1.0, 0.0], [1.0, 1.0, 1.0]]),
 }
 SEGMENTS: dict[str, Any] = {"num_labels": 7, "out_indices": [1, 2, 3, 4], "num_hidden_layers": 4, "hidden_size": 32}
 NOISE = np.random.default_rng(0).integers(0, 7, (60, 60))
@@ -84,7 +86,7 @@ def losses(output: Loss, about: Card, scores: torch.Tensor, **passthrough: Any) 
 
 
 def ours(model: Any, folder: Path, output: Loss, x_BCHW: torch.Tensor, **passthrough: Any) -> list[Any]:
-    """From the saved checkpoint, through our loader and backbone, to the column."""
+    """Return the column that our loader, backbone and output make of the saved checkpoint."""
     oracle.saved(model, folder)
     found = oracle.opened(folder, tuple(x_BCHW.shape[2:]))  # type: ignore[arg-type]
     about, given = found.card(), rows(**passthrough)
@@ -96,7 +98,7 @@ def ours(model: Any, folder: Path, output: Loss, x_BCHW: torch.Tensor, **passthr
 
 
 def alone(model: Any, x_BCHW: torch.Tensor, labels: list[torch.Tensor], **inputs: Any) -> list[float]:
-    """The reference's loss of each row in a batch of its own."""
+    """Return the reference's loss of each row in a batch of its own."""
     each = [{name: value[i : i + 1] for name, value in inputs.items()} for i in range(len(x_BCHW))]
     return [
         float(oracle.reference(model, x_BCHW[i : i + 1], labels=labels[i], **each[i]).loss) for i in range(len(x_BCHW))
@@ -150,10 +152,10 @@ def test_class_names_and_rows_without_a_truth() -> None:
 
 
 @pytest.mark.parametrize(
-    ("truth", "said"),
+    ("truth", "expected"),
     [
-        ("rat", ["`t` of `k1`: `rat` is no class", "did you mean `cat`?", "known: ox, crane, cat, crane"]),
-        ("crane", ["names the classes 1, 3"]),
+        ("rat", ["`t` of `k1`: `rat` is not a class", "did you mean `cat`?", "known: ox, crane, cat, crane"]),
+        ("crane", ["is the name of several classes: 1, 3"]),
         ("2", ["`keep: [t:int64]`"]),
         (4, ["class 4 is not among the model's classes 0 to 3"]),
         (-1, ["class -1"]),
@@ -161,11 +163,38 @@ def test_class_names_and_rows_without_a_truth() -> None:
         (True, ["`True` is neither"]),
     ],
 )
-def test_a_class_that_the_model_does_not_have(truth: Any, said: list[str]) -> None:
+def test_a_class_that_the_model_does_not_have(truth: Any, expected: list[str]) -> None:
     about = card({"logits": (4,)}, ("ox", "crane", "cat", "crane"))
     with pytest.raises(PartFailed) as caught:
         losses(Loss(truth="t"), about, torch.zeros(2, 4), t=[0, truth])
-    assert all(words in str(caught.value) for words in said), str(caught.value)
+    assert all(words in str(caught.value) for words in expected), str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("problem", "truth", "same"),
+    [
+        ("multi_label_classification", ["ox", "cat"], [1.0, 0.0, 1.0]),
+        ("multi_label_classification", '["ox", "cat"]', [1.0, 0.0, 1.0]),
+        ("multi_label_classification", "ram", [0.0, 1.0, 0.0]),
+        ("multi_label_classification", [], [0.0, 0.0, 0.0]),
+        ("multi_label_classification", "[1, 0, 0.5]", [1.0, 0.0, 0.5]),
+        ("multi_label_classification", [True, False, True], [1.0, 0.0, 1.0]),
+        (None, '["ox", "cat"]', [1.0, 0.0, 1.0]),
+        ("regression", "[1.5, -2, 3e1]", [1.5, -2.0, 30.0]),
+        ("regression", ["1.5", "-2", "30"], [1.5, -2.0, 30.0]),
+    ],
+)
+def test_lists_of_names_and_what_a_source_kept_as_text(problem: str | None, truth: Any, same: list[float]) -> None:
+    about, logits_BK = card({"logits": (3,)}, ("ox", "ram", "cat"), problem_type=problem), torch.randn(1, 3)
+    expected = losses(Loss(truth="t"), about, logits_BK, t=[same])
+    assert losses(Loss(truth="t"), about, logits_BK, t=[truth]) == expected
+
+
+@pytest.mark.parametrize("truth", [["ox", "ox"], ["cow"], [0, 2], "cow"])
+def test_lists_that_are_no_truth(truth: Any) -> None:
+    about = card({"logits": (3,)}, ("ox", "ram", "cat"), problem_type="multi_label_classification")
+    with pytest.raises(PartFailed, match="`t` of `k0`: "):
+        losses(Loss(truth="t"), about, torch.zeros(1, 3), t=[truth])
 
 
 @pytest.mark.parametrize(
@@ -202,9 +231,10 @@ def test_masked_image_modelling(given: str, by: str, tmp_path: Path) -> None:
     output = Loss(truth="t", mask_ratio=0.5, seed=3) if by == "ratio" else Loss(truth="t", mask_column="m")
     mask_BN = output.mask_BN(card({"visual_tokens": (N, 11)}, **MASKED), rows(m=m))
     codes_BN = draw.integers(0, 11, (3, N))
-    codes_BN[0, np.flatnonzero(mask_BN[0])[0]] = -100  # one of the first row's counts for nothing
+    codes_BN[0, np.flatnonzero(mask_BN[0])[0]] = -100  # one of the first row is ignored
     of_masked = [codes_N[mask_N] for codes_N, mask_N in zip(codes_BN, mask_BN, strict=True)]
     t = [c.tolist() for c in (codes_BN if given == "every patch" else of_masked)]
+    t[1] = json.dumps(t[1])  # a source may have kept it as text
     mine = ours(model, tmp_path, output, x_BCHW, t=t, m=m)
     expected = alone(model, x_BCHW, list(map(torch.from_numpy, of_masked)), bool_masked_pos=torch.from_numpy(mask_BN))
     assert mine == pytest.approx(expected, rel=1e-5)
@@ -241,7 +271,7 @@ def segmenter(**changed: Any) -> BeitForSemanticSegmentation:
 @pytest.mark.parametrize("ignored", [255, 3])
 @pytest.mark.parametrize("score_bytes", [1, 64 << 20])
 def test_segmentation(ignored: int, score_bytes: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(maps, "SCORE_BYTES", score_bytes)
+    monkeypatch.setattr(resize_maps, "SCORE_BYTES", score_bytes)
     model = segmenter(use_auxiliary_head=False, semantic_loss_ignore_index=ignored)
     x_BCHW = oracle.pixels(3, (32, 32))
     truths = [np.random.default_rng(i).integers(0, 7, size) for i, size in enumerate([(40, 33), (5, 9), (32, 32)])]
@@ -251,15 +281,87 @@ def test_segmentation(ignored: int, score_bytes: int, tmp_path: Path, monkeypatc
     assert mine == pytest.approx(alone(model, x_BCHW, labels), rel=1e-5)
 
 
-def test_with_an_auxiliary_head_ours_is_the_main_heads_part(tmp_path: Path) -> None:
+@pytest.mark.parametrize("in_memory_names", [False, True])
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {},
+        {"auxiliary_num_convs": 2, "auxiliary_channels": 8},
+        {"auxiliary_num_convs": 0, "auxiliary_channels": 32},
+        {"auxiliary_concat_input": True, "auxiliary_loss_weight": 2.5},
+        {"auxiliary_num_convs": 3, "auxiliary_concat_input": True, "semantic_loss_ignore_index": 3},
+    ],
+    ids=str,
+)
+def test_the_auxiliary_heads_loss_is_added(changed: dict[str, Any], in_memory_names: bool, tmp_path: Path) -> None:
+    model, x_BCHW = segmenter(**changed), oracle.pixels(2, (32, 32))
+    truths = [np.random.default_rng(i).integers(0, 7, (20, 30)) for i in range(2)]
+    if in_memory_names:
+        oracle.saved_as_state_dict(model, tmp_path)
+    else:
+        oracle.saved(model, tmp_path)
+    labels = [torch.from_numpy(ids)[None] for ids in truths]
+    expected = alone(model, x_BCHW, labels)
+    for fast in (True, False):
+        assert loss_column(tmp_path, x_BCHW, fast, t=[png(ids) for ids in truths]) == pytest.approx(expected, rel=1e-5)
+    model.config.auxiliary_loss_weight = 0.0
+    assert all(one < both - 0.1 for one, both in zip(alone(model, x_BCHW, labels), expected, strict=True))
+
+
+def loss_column(folder: Path, x_BCHW: torch.Tensor, fast: bool = True, **passthrough: Any) -> list[Any]:
+    found, output, about = oracle.opened(folder, (32, 32)), Loss(truth="t"), rows(**passthrough)
+    backbone = found.filled(torch.float32, torch.device("cpu"), fast)
+    features = oracle.run(backbone, x_BCHW, *output.wants(found.card()))
+    return output.columns(found.card(), features, about)[0].to_pylist()  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("how", ["use_auxiliary_head: false", "files without it"])
+def test_an_auxiliary_head_that_is_not_there_adds_nothing(how: str, tmp_path: Path) -> None:
     model, x_BCHW = segmenter(), oracle.pixels(2, (32, 32))
     truths = [np.random.default_rng(i).integers(0, 7, (20, 30)) for i in range(2)]
-    mine = ours(model, tmp_path, Loss(truth="t"), x_BCHW, t=[png(ids) for ids in truths])
-    labels = [torch.from_numpy(ids)[None] for ids in truths]
-    whole = alone(model, x_BCHW, labels)
+    oracle.saved(model, tmp_path)
+    if how == "files without it":
+        file = tmp_path / "model.safetensors"
+        save_file({name: x for name, x in load_file(file).items() if not name.startswith("auxiliary")}, file)
+    else:
+        config = tmp_path / "config.json"
+        config.write_text(json.dumps({**json.loads(config.read_text()), "use_auxiliary_head": False}))
+    mine = loss_column(tmp_path, x_BCHW, t=[png(ids) for ids in truths])
     model.config.auxiliary_loss_weight = 0.0
-    assert mine == pytest.approx(alone(model, x_BCHW, labels), rel=1e-5)
-    assert all(one < both for one, both in zip(mine, whole, strict=True))
+    assert mine == pytest.approx(alone(model, x_BCHW, [torch.from_numpy(ids)[None] for ids in truths]), rel=1e-5)
+    assert any("auxiliary" in note for note in oracle.opened(tmp_path).card().notes) == (how == "files without it")
+
+
+@pytest.mark.parametrize(
+    "changed", [{"auxiliary_num_convs": 10**9}, {"auxiliary_num_convs": 0}, {"auxiliary_channels": 0}]
+)
+def test_an_auxiliary_head_that_cannot_be_built_is_refused(changed: dict[str, int], tmp_path: Path) -> None:
+    from img2parquet.models import ModelSpec, read_card
+
+    oracle.saved(segmenter(), tmp_path)
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), **changed}))
+    with pytest.raises(CheckpointError, match="auxiliary_"):
+        read_card(ModelSpec(str(tmp_path)))
+
+
+def test_only_losses_that_the_auxiliary_head_changes_have_a_new_identity(tmp_path: Path) -> None:
+    oracle.saved(segmenter(), tmp_path)
+    about = oracle.opened(tmp_path).card()
+    without = replace(about, gives={name: shape for name, shape in about.gives.items() if "auxiliary" not in name})
+    for outputs, differs in (([{"kind": "loss", "truth": "label"}], True), ([{"kind": "segmentation"}], False)):
+        wanted = {"model": str(tmp_path), "name": "tiny", "outputs": outputs}
+        job = parse_job({**job_dict("x.tar", tmp_path, "out"), "models": [wanted]})
+        now, before = (identity(job, job.models[0], one, "float32") for one in (about, without))
+        assert (now != before) == differs == ("auxiliary_loss_weight" in now)
+
+
+@pytest.mark.parametrize(("family", "K"), [("mask2former", 7), ("segformer", 1)])
+def test_a_loss_that_the_reference_defines_otherwise_is_refused(family: str, K: int) -> None:
+    about = replace(card({"segmentation": (K, 8, 8)}), family=f"transformers/{family}")
+    with pytest.raises(OutputUnavailable, match="the reference's loss of model `tiny`"):
+        Loss(truth="t").wants(about)
+    Loss(truth="t").wants(replace(about, family="transformers/segformer", gives={"segmentation": (7, 8, 8)}))
 
 
 def test_reduced_labels_are_the_references() -> None:
@@ -278,16 +380,16 @@ def test_reduced_labels_are_the_references() -> None:
 
 @pytest.mark.parametrize("key", ["do_reduce_labels", "reduce_labels"])
 def test_the_checkpoints_processor_says_whether_labels_are_reduced(key: str, tmp_path: Path) -> None:
-    from pipeline.models import read_card
+    from img2parquet.models import ModelSpec, read_card
 
     oracle.saved(segmenter(), tmp_path)
     cards = []
     for value in (False, True):
         processor = {"image_processor_type": "BeitImageProcessor", "size": 32, key: value}
         (tmp_path / "preprocessor_config.json").write_text(json.dumps(processor))
-        cards.append(read_card(str(tmp_path)))
+        cards.append(read_card(ModelSpec(str(tmp_path))))
     assert [about.reduces_labels for about in cards] == [False, True]
-    assert read_card("microsoft/beit-base-finetuned-ade-640-640", weights="random(0)").reduces_labels
+    assert read_card(ModelSpec("microsoft/beit-base-finetuned-ade-640-640", weights="random(0)")).reduces_labels
     job = parse_job(job_dict("x.tar", tmp_path, "out"))
     plain, reducing = (identity(job, job.models[0], about, "float32") for about in cards)
     assert plain != reducing  # losses differ, so the runs do
@@ -348,21 +450,13 @@ def test_the_head_decides_and_what_it_does_not_read_is_refused() -> None:
     classifier, masked = card({"logits": (3,), "pooled": (4,)}), card({"visual_tokens": (4, 5)}, **MASKED)
     assert Loss(truth="t").wants(classifier) == {"logits"}
     assert Loss(truth="t").wants(masked) == {"visual_tokens"}
-    with pytest.raises(OutputUnavailable, match="`mask_ratio` is of a visual_tokens loss"):
+    with pytest.raises(OutputUnavailable, match="`mask_ratio` is a setting of a visual_tokens loss"):
         Loss(truth="t", mask_ratio=0.5).wants(classifier)
     with pytest.raises(OutputUnavailable, match="needs `segmentation`") as caught:
         Loss(truth="t", of="segmentation").wants(classifier)
     assert caught.value.known == ("logits", "pooled")
     with pytest.raises(OutputUnavailable, match="output `loss` needs `logits`"):
         Loss(truth="t").wants(card({"pooled": (4,)}))
-
-
-@pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("loss")
-    make_shards(folder / "in")
-    make_checkpoint(folder / "model")
-    return folder
 
 
 def loss_job(made: Path, out: Path | str, truth: str = "label", **more: Any) -> dict[str, Any]:
@@ -380,20 +474,20 @@ def test_a_job_reports_the_mean(made: Path, output_root: str, capsys: pytest.Cap
     assert table["loss"].to_pylist() == pytest.approx(expected.tolist(), rel=1e-5)
     assert summary.losses == {"tiny.loss": pytest.approx(float(expected.double().mean()), rel=1e-5)}
     assert table.num_rows == GOOD and table.schema.field("loss").nullable
-    again = run(job, "local")  # nothing is left to do, and it still says so
+    again = run(job, "local")  # nothing is left to do, and the summary still has the losses
     assert again.losses == summary.losses
     assert json.loads(Store().read(f"{output_root}/_SUCCESS"))["losses"] == summary.losses
-    tell.print_summary(again)
+    output.print_summary(again)
     assert f"loss       tiny.loss {summary.losses['tiny.loss']:.4f}\n" in capsys.readouterr().out
 
 
 def test_a_truth_that_is_not_kept_is_refused_before_anything_is_read(made: Path, tmp_path: Path) -> None:
-    with pytest.raises(JobError, match=r"output `loss` reads the column `class`, which `input\.keep`"):
+    with pytest.raises(JobError, match=r"output `loss` reads the column `class`, which `input\.keep` does not list"):
         parse_job(loss_job(made, tmp_path / "out", "class"))
 
 
 def test_rows_without_a_truth_do_not_count(made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from tests.small import jpeg
+    from tests.support.small_job import jpeg
 
     labels = [3, None, 1, None]
     columns = {"id": list("abcd"), "image": [jpeg(i) for i in range(4)], "t": pa.array(labels, pa.int64())}
@@ -407,5 +501,5 @@ def test_rows_without_a_truth_do_not_count(made: Path, tmp_path: Path, capsys: p
             assert summary.losses["tiny.loss"] == pytest.approx((found[0] + found[2]) / 2)
         else:
             assert (found, summary.losses) == ([None] * 4, {"tiny.loss": None})
-            tell.print_summary(summary)
-            assert "tiny.loss none: no row has a truth" in capsys.readouterr().out
+            output.print_summary(summary)
+            assert "tiny.loss none: no row has ground truth" in capsys.readouterr().out

@@ -1,4 +1,4 @@
-"""Every output kind is asked the same questions; then each its own."""
+"""Test every output kind against the same requirements, then each against its own."""
 
 from __future__ import annotations
 
@@ -17,18 +17,19 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from pipeline.errors import InputError, OutputUnavailable, PartFailed
-from pipeline.models import Card
-from pipeline.outputs import OUTPUTS, BatchRows, TensorOutput
-from pipeline.outputs.segmentation import png
-from pipeline.preprocess import PreprocessSettings
-from pipeline.vectors import decode_vectors
+from img2parquet.errors import InputError, NotFinite, OutputUnavailable, PartFailed
+from img2parquet.images.preprocess import PreprocessSettings
+from img2parquet.models import Card
+from img2parquet.outputs import OUTPUTS, BatchRows, TensorOutput
+from img2parquet.outputs.segmentation import png
+from img2parquet.outputs.vectors import decode_vectors
 
 NAMES = ("tench", "great white shark", "Eskimo dog, husky", "ключ", "", "ox", "ram", "cat", "hen", "ladybug")
 GIVES = {
     "pooled": (24,),
     "pooled:cls": (24,),
     "pooled:mean": (24,),
+    "pooled:tower": (32,),
     "logits": (10,),
     "logits:cls": (10,),
     "logits:distillation": (10,),
@@ -44,12 +45,13 @@ GIVES = {
 }
 TRUTHS: dict[str, Any] = {"label": 3, "shares": [0.5] * 10, "map": png(np.full((6, 5), 2), 10), "codes": [31] * 16}
 
-# per kind: every setting that changes what is written; () stands for the defaults
+# for each kind: every setting that changes the columns; {} stands for the defaults
 VARIANTS: dict[str, list[dict[str, Any]]] = {
     "embedding": [
         {},
         {"pool": "cls", "normalize": "l2"},
         {"pool": "mean", "dtype": "float16"},
+        {"pool": "tower"},
         {"normalize": "l2", "dtype": "float16", "name": "v"},
         {"normalize": "l2", "dtype": "int8"},
         {"pool": "cls", "dtype": "binary", "name": "bits"},
@@ -65,6 +67,8 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
         {"encoding": "rle"},
         {"size": "model"},
         {"size": "model", "encoding": "rle", "histogram": False, "name": "m"},
+        {"size": 7},
+        {"size": [3, 50], "encoding": "rle"},
     ],
     "visual_tokens": [{}, {"mask_ratio": 0, "top_k": 3}, {"seed": 7, "mask_ratio": 0.9, "top_k": 99, "name": "codes"}],
     "loss": [
@@ -109,7 +113,7 @@ def table(output: Any, count: int, seed: int = 0) -> pa.Table:
     return pa.table(output.columns(card(), given, batch(count)), schema=pa.schema(output.fields(card())))
 
 
-# -- the same questions to every kind ------------------------------------------------------------------------------
+# -- requirements of every kind ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("kind", "fields"), CASES)
@@ -185,13 +189,14 @@ def test_unavailable_names_what_the_checkpoint_gives(kind: str, fields: dict[str
 
 @pytest.mark.parametrize(("kind", "fields"), CASES)
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_what_is_not_finite_fails_the_part_and_names_the_row(kind: str, fields: dict[str, Any], value: float) -> None:
+def test_what_is_not_finite_names_its_row(kind: str, fields: dict[str, Any], value: float) -> None:
     output = make(kind, **fields)
     given = features(output.wants(card()), 4)
     for x in given.values():
         x.view(4, -1)[2, 1] = value
-    with pytest.raises(PartFailed, match="`k2`"):
+    with pytest.raises(NotFinite, match="not finite in float") as caught:
         output.columns(card(), given, batch(4))
+    assert caught.value.rows == (2,)
 
 
 @pytest.mark.parametrize("name", ["", "a b", "a/b", "../x", "-x"])
@@ -201,7 +206,7 @@ def test_a_column_name_is_a_word(name: str) -> None:
 
 
 def test_importing_outputs_loads_no_torch() -> None:
-    modules = ["pipeline.outputs", *(module for module, _ in OUTPUTS.values())]
+    modules = ["img2parquet.outputs", *(module for module, _ in OUTPUTS.values())]
     code = f"import sys, {', '.join(modules)}; sys.exit('torch' in sys.modules or 'ray' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
@@ -253,7 +258,7 @@ def decoded(x_BD: torch.Tensor, **settings: Any) -> tuple[np.ndarray, pa.Field]:
 def test_int8_is_within_half_a_step_and_says_how_it_is_decoded() -> None:
     x_BD = torch.randn(50, 24, generator=torch.Generator().manual_seed(2))
     x_BD[3] = 0
-    x_BD[4] = torch.eye(24)[5] * 9  # one component has all: beyond the scale's reach
+    x_BD[4] = torch.eye(24)[5] * 9  # a single component has the whole length: the largest code
     found_BD, field = decoded(x_BD, normalize="l2", dtype="int8")
     assert field.type == pa.list_(pa.int8(), 24)
     assert field.metadata[b"encoding"] == b"int8" and b"length 1" in field.metadata[b"decode"]
@@ -267,7 +272,7 @@ def test_int8_is_within_half_a_step_and_says_how_it_is_decoded() -> None:
 
 
 def test_a_long_vector_has_small_steps_and_what_is_beyond_them_is_cut() -> None:
-    from pipeline.outputs.embedding import int8_codes, int8_scale
+    from img2parquet.outputs.embedding import int8_codes, int8_scale
 
     assert int8_scale(900) == pytest.approx(6 / 30 / 127)
     codes_BD = int8_codes(np.eye(900, dtype=np.float32)[:1] * -1)
@@ -286,7 +291,7 @@ def test_binary_is_the_signs() -> None:
 def test_codes_of_what_is_not_finite_are_refused(settings: dict[str, str]) -> None:
     x_BD = torch.ones(2, 24)
     x_BD[1, 3] = float("nan")
-    with pytest.raises(PartFailed, match="not finite"):
+    with pytest.raises(NotFinite, match="not finite"):
         make("embedding", **settings).columns(card(), {"pooled": x_BD}, batch(2))
 
 
@@ -304,7 +309,7 @@ def test_floats_are_decoded_without_a_copy() -> None:
     found_BD = decode_vectors(stored, field)
     assert found_BD.ctypes.data == stored.flatten().to_numpy(zero_copy_only=True).ctypes.data
     np.testing.assert_array_equal(found_BD, x_BD.numpy())
-    with pytest.raises(InputError, match="no vectors"):
+    with pytest.raises(InputError, match="holds no vectors"):
         decode_vectors(stored, pa.field("labels", pa.list_(pa.int32(), 24)))
 
 
@@ -314,7 +319,10 @@ def test_vectors_are_plain_fixed_size_lists() -> None:
     assert not isinstance(declared.type, pa.BaseExtensionType)
 
 
-@pytest.mark.parametrize(("pool", "feature"), [("model", "pooled"), ("cls", "pooled:cls"), ("mean", "pooled:mean")])
+@pytest.mark.parametrize(
+    ("pool", "feature"),
+    [("model", "pooled"), ("cls", "pooled:cls"), ("mean", "pooled:mean"), ("tower", "pooled:tower")],
+)
 def test_pool_chooses_the_feature(pool: str, feature: str) -> None:
     assert make("embedding", pool=pool).wants(card()) == {feature}
 

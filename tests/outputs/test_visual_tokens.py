@@ -1,4 +1,4 @@
-"""Visual tokens: which patches are masked, and the codes that the model finds for them."""
+"""Test which patches are masked, and the codes that the model finds for them."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ import pytest
 import torch
 from transformers import BeitConfig, BeitForMaskedImageModeling
 
-from pipeline.device import CpuLane, open_device
-from pipeline.errors import OutputUnavailable, PartFailed
-from pipeline.forward import Forward
-from pipeline.models import Card
-from pipeline.models.model import Model
-from pipeline.outputs import BatchRows
-from pipeline.outputs.embedding import Embedding
-from pipeline.outputs.masking import drawn
-from pipeline.outputs.visual_tokens import VisualTokens
-from pipeline.preprocess import PreprocessSettings
+from img2parquet.errors import OutputUnavailable, PartFailed
+from img2parquet.images.preprocess import PreprocessSettings
+from img2parquet.inference.device import CpuLane, open_device
+from img2parquet.inference.forward import ModelExecutor
+from img2parquet.models import Card
+from img2parquet.models.model import Model
+from img2parquet.outputs import BatchRows
+from img2parquet.outputs.embedding import Embedding
+from img2parquet.outputs.masking import draw_mask
+from img2parquet.outputs.visual_tokens import VisualTokens
 from tests.models import oracle
 
 N, V = 16, 11
@@ -66,8 +66,8 @@ def test_a_mask_follows_from_the_key_and_the_seed() -> None:
     assert not torch.equal(one[0], one[1])
     assert torch.equal(VisualTokens(seed=1).inputs(card(), rows("z", "a"))["mask_BN"][1], one[0])
     assert not torch.equal(VisualTokens(seed=2).inputs(card(), rows("a"))["mask_BN"][0], one[0])
-    # written into results: another drawing needs a new RESULT_VERSION
-    assert np.flatnonzero(drawn("a", 1, N, 6)).tolist() == [0, 9, 11, 12, 13, 14]
+    # part of the results: drawing differently needs a new RESULT_VERSION
+    assert np.flatnonzero(draw_mask("a", 1, N, 6)).tolist() == [0, 9, 11, 12, 13, 14]
 
 
 def test_without_a_mask_every_patch_is_written() -> None:
@@ -118,8 +118,8 @@ def test_other_outputs_of_the_model_see_the_whole_image(tmp_path: Path) -> None:
     )
     pixels_BHWC = np.random.default_rng(0).integers(0, 256, (2, 32, 32, 3)).astype(np.uint8)
     about, mean = rows("a", "b"), Embedding(pool="mean", name="mean", normalize="none", dtype="float32")
-    forwards = [Forward(model, outputs, 2, open_device("cpu")) for outputs in ((mean,), (VisualTokens(), mean))]
+    forwards = [ModelExecutor(model, outputs, 2, open_device("cpu")) for outputs in ((mean,), (VisualTokens(), mean))]
     alone, both = (forward.columns(CpuLane(), pixels_BHWC, about) for forward in forwards)
-    assert alone and both and both[1].equals(alone[0])
+    assert alone and both and both.arrays[1].equals(alone.arrays[0])
     masked = model.forward_pixels(pixels_BHWC, mean.wants(model.card), **VisualTokens().inputs(model.card, about))
-    assert not mean.columns(model.card, masked, about)[0].equals(alone[0])
+    assert not mean.columns(model.card, masked, about)[0].equals(alone.arrays[0])

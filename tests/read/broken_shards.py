@@ -18,8 +18,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
-from pipeline.errors import InputError
-from pipeline.storage import Store, join
+from img2parquet.errors import InputError
+from img2parquet.storage import Store, join
 
 BLOCK = 512
 
@@ -68,6 +68,7 @@ def images(count: int = 4) -> list[tuple[str, bytes]]:
     return [(f"{i:03}.jpg", jpeg(i)) for i in range(count)]
 
 
+LFS_POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"
 KEYS = ("000", "001", "002", "003")
 PLAIN = tar(images())
 
@@ -205,6 +206,8 @@ TARS = (
     ),
     _tar("duplicate keys", tar([*images(2), *images(1)]), keys=("000", "001"), rejects={"duplicate_key": 1}),
     _tar("hidden files", tar([("._000.jpg", b"\0\5\x16\7"), (".DS_Store", b"x"), *images(1)]), keys=("000",)),
+    _tar("names without extensions", tar([("n/4f1c", jpeg(0)), ("n/9be0", jpeg(1))]), keys=("n/4f1c", "n/9be0")),
+    _damaged("a git-lfs pointer named .tar", LFS_POINTER, says="git lfs pull"),
     _tar("no images", tar([("a.wav", b"RIFF"), ("b.wav", b"RIFF")]), rejects={"not_an_image": 2}),
     _tar("several images", tar([("a.jpg", jpeg(0)), ("a.mask.png", jpeg(1))]), keys=("a.jpg", "a.mask.png")),
     _tar(
@@ -334,8 +337,33 @@ LISTS = (
         "csv ragged", "a.csv", b"uri,n\nimg/0.jpg,1\nimg/1.jpg\nimg/1.jpg,2\n", keys=BOTH, rejects={"shard_damaged": 1}
     ),
     _list(
-        "csv quote left open", "a.csv", b'uri\nimg/0.jpg\n"img/1.jpg\n' + b"x" * 200_000, error=InputError, says="quote"
+        "csv quote left open",
+        "a.csv",
+        b'uri,note\nimg/0.jpg,"a\nimg/1.jpg,b\nimg/9.jpg,"c\n',
+        keys=BOTH,
+        rejects={"not_found": 1},
     ),
+    _list(
+        "csv with a cell too large",
+        "a.csv",
+        b'uri\nimg/0.jpg\n"img/1.jpg\n' + b"x" * 200_000,
+        keys=BOTH[:1],
+        rejects={"not_found": 1, "shard_damaged": 1},
+        says="field larger",
+    ),
+    _list(
+        "csv with a BOM and a quoted header",
+        "a.csv",
+        b'\xef\xbb\xbf"uri","n"\r\n"img/0.jpg","1"\r\n"img/1.jpg","2"\r\n',
+        keys=BOTH,
+    ),
+    _list("csv in UTF-16", "a.csv", "uri\nimg/0.jpg\n".encode("utf-16"), error=InputError, says="iconv"),
+    _list("csv in UTF-16 without a BOM", "a.csv", "uri\n".encode("utf-16-be"), error=InputError, says="UTF-16"),
+    _list("csv compressed", "a.csv", gzip.compress(b"uri\nimg/0.jpg\n"), error=InputError, says="gzip -d"),
+    _list(
+        "csv without a header", "a.csv", b"img/0.jpg,a\nimg/1.jpg,b\n", error=InputError, says="first line looks like"
+    ),
+    _list("csv that is a git-lfs pointer", "a.csv", LFS_POINTER, error=InputError, says="git lfs pull"),
     _list(
         "list names what is not there",
         "a.csv",
@@ -350,6 +378,8 @@ LISTS = (
         rejects={"not_found": 4, "unsupported": 1},
     ),
     _list("tsv", "a.tsv", b"uri\tn\nimg/0.jpg\t1\n", keys=BOTH[:1]),
+    _list("jsonl with a BOM", "a.jsonl", b'\xef\xbb\xbf{"uri": "img/0.jpg"}', keys=BOTH[:1]),
+    _list("json array", "a.jsonl", b'[\n {"uri": "img/0.jpg"}\n]', error=InputError, says="jq"),
     _list("jsonl", "a.jsonl", b'{"uri": "img/0.jpg"}\n\n{"uri": "img/1.jpg", "more": 1}', keys=BOTH),
     _list(
         "jsonl broken line",

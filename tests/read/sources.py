@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from importlib import import_module
 from typing import Any, cast
 
-from pipeline.read import SOURCES, Source
-from pipeline.storage import Store, join
+from img2parquet.read import SOURCES, Source
+from img2parquet.storage import Store, join
 from tests.read.broken_shards import jpeg, parquet, tar
 
 ROWS = 10

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.errors import InputError
-from pipeline.read import PartLimits, read_part
-from pipeline.schema import Part, Reject, Row, Wanted
+from img2parquet.errors import InputError
+from img2parquet.read import PartLimits, read_part
+from img2parquet.schema import Part, Reject, Row, Wanted
 from tests.read.broken_shards import BROKEN_SHARDS, BrokenShard, put
 from tests.read.sources import make_source
 

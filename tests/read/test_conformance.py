@@ -13,10 +13,11 @@ import pyarrow as pa
 import pytest
 from pydantic import ValidationError
 
-from pipeline.errors import InputError, PartFailed
-from pipeline.read import SOURCES, PartLimits, Source, read_part
-from pipeline.schema import Part, Reject, Row, Wanted
-from pipeline.storage import Store, join
+from img2parquet.errors import InputError, NotFound, PartFailed, StorageError
+from img2parquet.read import SOURCES, PartLimits, Source, read_part
+from img2parquet.read.passthrough import column_of
+from img2parquet.schema import Part, Reject, Row, Wanted
+from img2parquet.storage import Store, join
 from tests.read.broken_shards import jpeg
 from tests.read.sources import INPUTS, ROWS, make_source, put_input
 
@@ -96,11 +97,23 @@ def test_what_is_read_of_some_rows_does_not_grow_with_the_others(
     assert not any(uri.endswith(("0.tar", "0.parquet")) for uri in seen)
 
 
+def test_rows_do_not_depend_on_how_shards_are_packed(kind: str, output_root: str) -> None:
+    """Two shards may have the same keys: (shard, key) names a row."""
+    settings = [put_input(kind, join(output_root, name)) for name in "ab"]
+    source = make_source({**settings[0], "uris": [uri for one in settings for uri in one["uris"]]})
+    packed = [
+        [(type(item), item.shard, item.key) for item in read(source, plan(source, limits))]
+        for limits in (PartLimits(), FEW, PartLimits(rows=1))
+    ]
+    assert packed[0] == packed[1] == packed[2]
+    assert {kind for kind, _, _ in packed[0]} == {Row} and len(packed[0]) == 2 * ROWS
+
+
 def test_plan_does_not_depend_on_the_order_of_listing(source: Source, monkeypatch: pytest.MonkeyPatch) -> None:
     expected = plan(source)
     for method in ("expand", "list_files"):
         listed = getattr(Store, method)
-        monkeypatch.setattr(Store, method, lambda self, uris, listed=listed: listed(self, uris)[::-1])
+        monkeypatch.setattr(Store, method, lambda self, uris, *more, listed=listed: listed(self, uris, *more)[::-1])
     assert plan(source) == expected == plan(source)
 
 
@@ -125,7 +138,7 @@ def test_kept_columns_have_the_types_that_passthrough_says(source: Source) -> No
     schema = source.passthrough()
     assert schema.names and all(field.nullable for field in schema)
     rows = [row for row in read(source, plan(source)) if isinstance(row, Row)]
-    table = pa.table({f.name: pa.array([r.passthrough[f.name] for r in rows], f.type) for f in schema}, schema=schema)
+    table = pa.table({f.name: column_of([r.passthrough[f.name] for r in rows], f.type) for f in schema}, schema=schema)
     assert table.num_rows == ROWS and table.column(0).null_count == 0
     assert not any(row.warnings for row in rows)
 
@@ -192,7 +205,7 @@ def test_input_that_changed_since_the_plan_fails_the_part(change: str, source: S
         ({"keep": ["class", "class"]}, "twice"),
         ({"keep": [""]}, "expected `name`"),
         ({"uris": []}, "at least 1"),
-        ({"uris": [" "]}, "names nothing"),
+        ({"uris": [" "]}, "a URI is empty"),
         ({"storage_options": {"secret": "x"}}, "environment"),
         ({"storage_options": {"gs": {"client": {"session_token": "x"}}}}, "session_token"),
         ({"uriss": ["a"]}, "uriss"),
@@ -224,3 +237,29 @@ def test_every_source_has_input_for_these_tests() -> None:
 
 def _key(kind: str) -> dict[str, str]:
     return {"key": "id"} if kind == "parquet" else {}
+
+
+@pytest.mark.parametrize(
+    ("fault", "hint"),
+    [
+        (StorageError("connection reset by peer", hint="this may pass"), "this may pass"),
+        (StorageError("access denied", hint="log in again"), "log in again"),
+        (StorageError("an odd answer"), ""),
+        (NotFound("no such object"), "restore the input"),
+    ],
+)
+def test_only_input_that_is_gone_is_to_be_restored(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: StorageError, hint: str
+) -> None:
+    """The hint of a part that fails fits the fault: nothing was taken away by a fault of the network."""
+    source = make_source(put_input(kind, str(tmp_path)))
+    (part, *_) = plan(source)
+
+    def fail(*_: object, **__: object) -> None:
+        raise fault
+
+    for name in ("read", "open", "stat"):
+        monkeypatch.setattr(Store, name, fail)
+    with pytest.raises(PartFailed) as failed:
+        list(source.read(part))
+    assert hint in failed.value.hint and bool(hint) == bool(failed.value.hint)

@@ -5,9 +5,12 @@ from __future__ import annotations
 import datetime
 import decimal
 import io
+import pickle
 import random
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, BinaryIO
+from urllib.parse import quote
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -15,13 +18,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.errors import InputError, PartFailed, StorageError
-from pipeline.read import PartLimits
-from pipeline.read.pack import pack
-from pipeline.read.parquet import ParquetRows
-from pipeline.schema import Part, Piece, Reject, Row
-from pipeline.storage import Store
-from tests.read.broken_shards import parquet
+from img2parquet.errors import InputError, PartFailed, StorageError
+from img2parquet.read import PartLimits, read_part
+from img2parquet.read.parquet import ParquetRows
+from img2parquet.read.part_packing import pack
+from img2parquet.read.passthrough import TYPES, column_of
+from img2parquet.read.row_groups import HIVE_NULL
+from img2parquet.schema import Part, Piece, Reject, Row, Wanted
+from img2parquet.storage import Store
+from tests.read.broken_shards import LFS_POINTER, parquet
 from tests.read.test_tar import mutate
 
 
@@ -90,6 +95,12 @@ KEPT = {
     "boxes": pa.array([[{"x": 1.5, "name": "a"}], []]),
     "vector": pa.array([[1.0, 2.0], [3.0, 4.0]], pa.list_(pa.float32(), 2)),
     "blob": pa.array([b"\0\xff", None], pa.binary()),
+    "long": pa.array([2**62 + 1, None], pa.duration("ns")),
+    "clock": pa.array([1, None], pa.time64("ns")),
+    "half": pa.array([1.5, None], pa.float16()),
+    "huge": pa.array([decimal.Decimal(10) ** 50, None], pa.decimal256(60, 2)),
+    "view": pa.array(["é", None], pa.string_view()),
+    "times": pa.array([[10**9 + 1, None], None], pa.list_(pa.timestamp("ns"))),
     "map": pa.array([[("k", 1)], []], pa.map_(pa.string(), pa.int64())),
 }
 
@@ -101,7 +112,71 @@ def test_kept_columns_come_through_as_they_were(tmp_path: Path, name: str) -> No
     field = source.passthrough().field(name)
     plain = KEPT[name].dictionary_decode() if name == "words" else KEPT[name]
     assert field.type == plain.type and field.nullable
-    assert pa.array([row.passthrough[name] for row in rows_of(source)], field.type) == plain
+    rows = [pickle.loads(pickle.dumps(row)) for row in rows_of(source)]
+    assert column_of([row.passthrough[name] for row in rows], field.type) == plain
+
+
+@pytest.mark.parametrize("name", KEPT)
+@pytest.mark.parametrize("as_type", TYPES)
+def test_every_type_converts_or_says_so(tmp_path: Path, name: str, as_type: str) -> None:
+    """No type ends in an exception."""
+    uri = write(tmp_path / "a.parquet", {"image": [b"1", b"2"], "id": ["a", "b"], name: KEPT[name]})
+    rows = rows_of(ParquetRows(uris=(uri,), key="id", keep=(f"{name}:{as_type}",)))
+    values = column_of([row.passthrough[name] for row in rows], TYPES[as_type]).to_pylist()
+    for row, value, is_given in zip(rows, values, KEPT[name].is_valid().to_pylist(), strict=True):
+        assert row.warnings == ((f"{name}_not_{as_type}",) if is_given and value is None else ())
+
+
+FAR = {  # values that no calendar of Python holds
+    "time": pa.array([0, 10**18, None], pa.timestamp("us")),
+    "zoned": pa.array([0, 10**18, None], pa.timestamp("us", tz="Europe/Berlin")),
+    "day": pa.array([0, 2**31 - 1, None], pa.date32()),
+    "span": pa.array([0, 2**62, None], pa.duration("ms")),
+    "nested": pa.array([[{"t": 0}], [{"t": -(10**18)}], None], pa.list_(pa.struct([("t", pa.timestamp("us"))]))),
+}
+
+
+@pytest.mark.parametrize("name", FAR)
+def test_a_time_out_of_every_calendar_costs_neither_row_nor_reader(tmp_path: Path, name: str) -> None:
+    uri = write(tmp_path / "a.parquet", {"image": [b"1", b"2", b"3"], "id": ["a", "b", "c"], "x": FAR[name]})
+    rows = rows_of(ParquetRows(uris=(uri,), key="id", keep=("x",)))
+    column = column_of([row.passthrough["x"] for row in rows], FAR[name].type)
+    assert column.slice(0, 1) == FAR[name].slice(0, 1)
+    assert column.to_pylist()[1:] == [None, None]
+    assert [row.warnings for row in rows] == [(), ("x_unreadable",), ()]
+
+
+TEXTS = {
+    "when": ["1970-01-01 00:00:00.000000001Z", "2006-07-14 23:58:24.606846977Z"],
+    "day": ["2020-01-01", None],
+    "price": ["1.50", None],
+    "blob": ["\0\\xff", None],
+    "vector": ["[1.0, 2.0]", "[3.0, 4.0]"],
+}
+
+
+@pytest.mark.parametrize("name", TEXTS)
+def test_times_and_numbers_as_text(tmp_path: Path, name: str) -> None:
+    uri = write(tmp_path / "a.parquet", {"image": [b"1", b"2"], "id": ["a", "b"], name: KEPT[name]})
+    rows = rows_of(ParquetRows(uris=(uri,), key="id", keep=(f"{name}:string",)))
+    assert [row.passthrough[name] for row in rows] == TEXTS[name]
+
+
+def test_folders_of_the_path_are_columns(tmp_path: Path) -> None:
+    for year, place in (("2020", "a b"), ("2021", "c")):
+        folder = tmp_path / f"year={year}" / f"place={quote(place)}"
+        folder.mkdir(parents=True)
+        write(folder / "a.parquet", {"image": [b"1"], "id": ["x"]})
+    source = ParquetRows(uris=(f"{tmp_path}/**/*.parquet",), key="id", keep=("year:int64", "place"))
+    assert source.passthrough() == pa.schema([("year", pa.int64()), ("place", pa.string())])
+    assert [row.passthrough for row in rows_of(source)] == [
+        {"year": 2020, "place": "a b"}, {"year": 2021, "place": "c"},
+    ]  # fmt: skip
+    (tmp_path / f"year={HIVE_NULL}" / "place=").mkdir(parents=True)
+    write(tmp_path / f"year={HIVE_NULL}" / "place=" / "a.parquet", {"image": [b"1"], "id": ["x"]})
+    assert rows_of(source)[-1].passthrough == {"year": None, "place": ""}
+    with pytest.raises(InputError, match="no column `month`"):
+        list(ParquetRows(uris=source.uris, key="id", keep=("month",)).plan(PartLimits()))
 
 
 def test_a_named_type_converts(tmp_path: Path) -> None:
@@ -127,7 +202,7 @@ def test_a_path_without_bytes_is_empty(tmp_path: Path) -> None:
     source = ParquetRows(uris=(uri,))
     items = [item for part in parts_of(source) for item in source.read(part)]
     assert [(item.key, item.reason) for item in items if isinstance(item, Reject)] == [
-        ("p", "empty"), ("row 1", "no_key"), ("row 2", "no_key"),
+        ("p", "not_found"), ("2", "empty"),
     ]  # fmt: skip
 
 
@@ -208,7 +283,113 @@ def test_text_that_is_not_utf8(tmp_path: Path) -> None:
     assert [row.key for row in rows_of(ParquetRows(uris=(uri,), key="id"))] == ["caf\\xe9", "ok"]
     source = ParquetRows(uris=(uri,), key="id", keep=("nested",))
     (part,) = parts_of(source)
-    assert [getattr(item, "reason", "row") for item in source.read(part)] == ["shard_damaged", "shard_damaged"]
+    first, second = (item for item in source.read(part) if isinstance(item, Row))
+    assert (first.passthrough, first.warnings) == ({"nested": None}, ("nested_unreadable",))
+    assert (second.passthrough["nested"].to_pylist(), second.warnings) == ([["ok"]], ())
+
+
+PATHS = ["0.png", None, "1.png", "0.png", "", "0.png", "2.png"]
+NAMES = ["0.png", "1", "1.png", "0.png#3", "4", "0.png#5", "2.png"]
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3, 100])
+@pytest.mark.parametrize("group", [2, 100])
+def test_rows_without_a_path_of_their_own_are_named_by_their_number(tmp_path: Path, rows: int, group: int) -> None:
+    """Wherever a file is cut: its parts, and the rows that a retry reads, have the same names."""
+    image = [{"bytes": b"%d" % i, "path": path} for i, path in enumerate(PATHS)]
+    for name in "ab":
+        write(tmp_path / f"{name}.parquet", {"image": image}, row_group_size=group)
+    source = ParquetRows(uris=(f"{tmp_path}/*.parquet",))
+    parts = parts_of(source, rows=rows)
+    read = [item for part in parts for item in read_part(source, part)]
+    assert [item.key for item in read] == NAMES * 2 and all(isinstance(item, Row) for item in read)
+    for part in parts:
+        for item in read_part(source, part):
+            alone = replace(part, only=(Wanted(item.row, item.key, item.shard),))
+            assert list(read_part(source, alone)) == [item]
+
+
+@pytest.mark.parametrize("rows", [1, 2, 100])
+def test_row_numbers_as_keys(tmp_path: Path, rows: int) -> None:
+    uri = write(tmp_path / "a.parquet", {"image": [b"0", b"1", b"2"]}, row_group_size=2)
+    assert [row.key for row in rows_of(ParquetRows(uris=(uri,), key="row_number"), rows=rows)] == ["0", "1", "2"]
+    named = write(tmp_path / "b.parquet", {"image": [b"0", b"1"], "row_number": [7, 8]})
+    assert [row.key for row in rows_of(ParquetRows(uris=(named,), key="row_number"))] == ["7", "8"]
+
+
+IMAGES = [b"111", None, b"333"]
+
+
+@pytest.mark.parametrize(
+    "image",
+    [
+        pa.array(IMAGES, pa.binary()),
+        pa.array(IMAGES, pa.large_binary()),
+        pa.array(IMAGES, pa.binary_view()),
+        pa.array(IMAGES, pa.binary(3)),
+        pa.array(IMAGES).dictionary_encode(),
+        pa.array([{"path": "x", "bytes": b"111"}, None, {"path": None, "bytes": b"333"}]),
+        pa.array([{"bytes": b"111", "w": 1}, {"bytes": None, "w": 2}, {"bytes": b"333", "w": 3}]),
+    ],
+    ids=lambda image: str(image.type),
+)
+def test_every_type_of_bytes_is_read(tmp_path: Path, image: pa.Array) -> None:
+    source = ParquetRows(uris=(write(tmp_path / "a.parquet", {"image": image, "id": ["a", "b", "c"]}),), key="id")
+    items = [item for part in parts_of(source) for item in source.read(part)]
+    assert [item.reason if isinstance(item, Reject) else bytes(item.image) for item in items] == [
+        b"111",
+        "empty",
+        b"333",
+    ]
+
+
+def test_a_file_without_images_or_rows_has_no_types(tmp_path: Path) -> None:
+    """A writer that saw no value gives the type null."""
+    write(tmp_path / "a.parquet", {"image": [b"1"], "id": ["a"], "n": [1]})
+    write(tmp_path / "b.parquet", {"image": pa.nulls(0), "id": pa.nulls(0), "n": pa.nulls(0)})
+    write(tmp_path / "c.parquet", {"image": [None], "id": ["c"], "n": [2]})
+    write(tmp_path / "d.parquet", {"other": pa.nulls(0)})
+    source = ParquetRows(uris=(f"{tmp_path}/*.parquet",), key="id", keep=("n",))
+    items = [item for part in parts_of(source) for item in source.read(part)]
+    assert [(item.key, getattr(item, "reason", "row")) for item in items] == [("a", "row"), ("c", "empty")]
+
+
+def test_the_hint_for_rows_without_names_works(tmp_path: Path) -> None:
+    uri = write(tmp_path / "a.parquet", {"image": [b"0"]})
+    with pytest.raises(InputError, match="or to `row_number`"):
+        list(ParquetRows(uris=(uri,)).plan(PartLimits()))
+
+
+def test_a_list_of_images_and_a_pointer_are_told(tmp_path: Path) -> None:
+    uri = write(tmp_path / "a.parquet", {"image": [[b"0", b"1"]], "id": [1]})
+    with pytest.raises(InputError, match="unnest"):
+        list(ParquetRows(uris=(uri,), key="id").plan(PartLimits()))
+    Path(uri).write_bytes(LFS_POINTER)
+    with pytest.raises(InputError, match="git lfs pull"):
+        list(ParquetRows(uris=(uri,), key="id").plan(PartLimits()))
+
+
+def test_a_path_without_bytes_is_read(output_root: str) -> None:
+    """As `datasets` writes an image folder: absolute paths, or those relative to the file."""
+    for name in ("in/0.jpg", "in/x//1.jpg"):
+        Store().create(f"{output_root}/{name}", name.encode())
+    paths = [
+        f"{output_root}/in/0.jpg",
+        "in/0.jpg",
+        "in/x//1.jpg",
+        "in/2.jpg",
+        "https://h/a.jpg",
+        "hf://d/a.jpg",
+        "a" * 300,
+    ]
+    images = [{"bytes": None, "path": path} for path in paths]
+    Store().create(f"{output_root}/a.parquet", parquet({"image": [*images, {"bytes": b"own", "path": "p"}]}))
+    source = ParquetRows(uris=(f"{output_root}/a.parquet",))
+    (part,) = parts_of(source)
+    items = list(source.read(part))
+    found = [bytes(item.image).decode() if isinstance(item, Row) else item.reason for item in items]
+    assert found == ["in/0.jpg", "in/0.jpg", "in/x//1.jpg", "not_found", "empty", "unsupported", "not_found", "own"]
+    assert [item.key for item in items] == [*paths, "p"]
 
 
 @settings(max_examples=60, deadline=None)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import re
 import threading
 from pathlib import Path
 from typing import Any
@@ -15,11 +16,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.errors import AccessDenied, InputError, NotFound, PartFailed
-from pipeline.read import PartLimits
-from pipeline.read.table import Table, _absolute
-from pipeline.schema import Part, Reject, Row
-from pipeline.storage import Store
+from img2parquet.errors import AccessDenied, InputError, JobFailed, NotFound, PartFailed, Unreachable
+from img2parquet.read import PartLimits
+from img2parquet.read.linked_images import _absolute
+from img2parquet.read.passthrough import column_of
+from img2parquet.read.row_groups import HIVE_NULL
+from img2parquet.read.table import Table
+from img2parquet.schema import Part, Reject, Row
+from img2parquet.storage import Store
 
 CELLS = st.text(st.characters(exclude_characters="\0\r", exclude_categories=["Cs"]), max_size=12)
 
@@ -31,7 +35,7 @@ class AnyName(Store):
     lock = threading.Lock()
 
     def read(self, uri: str, start: int = 0, stop: int | None = None, **options: Any) -> bytes:
-        if uri.endswith((".csv", ".jsonl", ".parquet")):
+        if uri.endswith((".csv", ".tsv", ".txt", ".jsonl", ".parquet")):
             return super().read(uri, start, stop, **options)
         with AnyName.lock:
             AnyName.under_way += 1
@@ -39,6 +43,8 @@ class AnyName(Store):
         try:
             if "denied" in uri:
                 raise AccessDenied(f"{uri}: access denied", hint="look at the policy")
+            if "down" in uri:
+                raise Unreachable(f"{uri}: no answer")
             if "gone" in uri:
                 raise NotFound(f"{uri}: not found")
             return uri.encode()
@@ -99,13 +105,165 @@ def test_cells_pass_through_with_their_line_breaks(tmp_path: Path, any_name: Non
     ]
 
 
+QUOTES = {  # records, of which some open a quote that closes nowhere or in another record -> the captions
+    "closed nowhere": ('1.jpg,"best\n2.jpg,third\n3.jpg,fourth\n', ['"best', "third", "fourth"]),
+    "closed by another's": ('1.jpg,"best\n2.jpg,third\n3.jpg,"fourth"\n', ['"best', "third", "fourth"]),
+    "closed at the end of a line": ('1.jpg,"best\n2.jpg,third"\n3.jpg,x\n', ['"best', 'third"', "x"]),
+    "text behind it": ('1.jpg,"12" vinyl\n2.jpg,x\n', ['"12" vinyl', "x"]),
+    "blanks behind it": ('1.jpg,"a, b" \n"2.jpg" ,x\n', ["a, b ", "x"]),
+    "within a cell": ('1.jpg,5" wide\n2.jpg,"a ""b"" c"\n', ['5" wide', 'a "b" c']),
+    "a caption of several lines": ('1.jpg,"a\nb, c\n"\n2.jpg,x\n', ["a\nb, c\n", "x"]),
+    "a caption that names a file": ('1.jpg,"see 7.jpg\nor 8.jpg"\n2.jpg,x\n', ["see 7.jpg\nor 8.jpg", "x"]),
+}
+
+
+@pytest.mark.parametrize("form", ["csv", "tsv"])
+@pytest.mark.parametrize("rows", [1, 2, 100])
+@pytest.mark.parametrize("case", QUOTES)
+def test_a_quote_takes_no_other_record_with_it(tmp_path: Path, any_name: None, case: str, rows: int, form: str) -> None:
+    """Wherever the list is cut into parts."""
+    text, captions = QUOTES[case]
+    if form == "tsv":
+        text = re.sub(",(?! )", "\t", text)
+    path = tmp_path / f"a.{form}"
+    path.write_text(("uri,note\n" if form == "csv" else "uri\tnote\n") + text)
+    items = read(Table(uris=(str(path),), keep=("note",)), rows)
+    assert [item.passthrough["note"] for item in items if isinstance(item, Row)] == captions
+    assert len(items) == len(captions)
+
+
+DIALECTS = {
+    "semicolons": "uri;note\n1.jpg;a, b\n2.jpg;c\n",
+    "tabs": "uri\tnote\n1.jpg\ta, b\n2.jpg\tc\n",
+    "bars": 'uri|note\n1.jpg|"a, b"\n2.jpg|c\n',
+    "commas": 'uri,note\n1.jpg,"a, b"\n2.jpg,c\n',
+    "Excel's line": 'sep=;\r\n"uri";"note"\r\n1.jpg;"a, b"\r\n2.jpg;c\r\n',
+    "a byte order mark": '\ufeff"uri";"note"\r\n1.jpg;"a, b"\r\n2.jpg;c\r\n',
+    "blanks around names": 'note , uri\n"a, b",1.jpg\nc,2.jpg\n',
+    "unused names twice": 'uri,note,x,x,\n1.jpg,"a, b",1,2,3\n2.jpg,c,1,2,3\n',
+}
+
+
+@pytest.mark.parametrize("form", ["csv", "tsv"])
+@pytest.mark.parametrize("rows", [1, 100])
+@pytest.mark.parametrize("case", DIALECTS)
+def test_the_header_tells_how_cells_are_separated(
+    tmp_path: Path, any_name: None, case: str, rows: int, form: str
+) -> None:
+    path = tmp_path / f"a.{form}"
+    path.write_bytes(DIALECTS[case].encode())
+    items = read(Table(uris=(str(path),), keep=("note",)), rows)
+    assert [(i.key, i.passthrough) for i in items if isinstance(i, Row)] == [
+        ("1.jpg", {"note": "a, b"}), ("2.jpg", {"note": "c"}),
+    ]  # fmt: skip
+    assert [row.key for row in read(Table(uris=(str(path),)), rows)] == ["1.jpg", "2.jpg"]
+
+
+OBJECTS = [{"uri": "1.jpg", "note": "a"}, {"uri": "2.jpg", "note": "b"}]
+REFUSED = {  # text of a list -> what the message says
+    "a.csv uri,note,note\n1.jpg,a,b\n": r"more than one column `note`",
+    "a.csv uri,uri,note\n1.jpg,2.jpg,b\n": r"more than one column `uri`",
+    "a.csv URI,note\n1.jpg,a\n": r"(?s)no column `uri`.*did you mean `URI`",
+    "a.csv uri,Note\n1.jpg,a\n": r"(?s)no column `note`.*did you mean `Note`",
+    "a.csv 1.jpg,a\n2.jpg,b\n": r"(?s)no column `uri`.*looks like data",
+    "a.csv uri,note\r1.jpg,a\r": r"(?s)carriage return.*tr ",
+    "a.csv uri,note\n": r"hold no rows",
+    "a.csv PK\3\4": r"Excel",
+    "a.csv PAR1": r"input.format: parquet",
+    "a.csv BZh9": r"bzip2 -d",
+    "a.txt 1.jpg\n": r"(?s)no column `note`.*known: uri",
+    f"a.jsonl {json.dumps(OBJECTS)}": r"(?s)a JSON array.*jq -c '\.\[\]'",
+    f"a.jsonl {json.dumps(OBJECTS, indent=1)}": r"(?s)a JSON array.*jq -c '\.\[\]'",
+    f"a.jsonl {json.dumps(OBJECTS[0], indent=1)}": r"(?s)no line is a JSON object.*jq -c \. ",
+    f"a.jsonl {json.dumps(OBJECTS[0])}{json.dumps(OBJECTS[1])}": r"(?s)no line is a JSON object.*Extra data",
+    'a.jsonl {"uri": "1.jpg"}\n{"uri": "2.jpg"}': r"no column `note`",
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_is_no_list_with_these_columns_is_told(tmp_path: Path, case: str) -> None:
+    name, _, text = case.partition(" ")
+    (tmp_path / name).write_text(text, newline="")
+    with pytest.raises(InputError, match=REFUSED[case]):
+        parts_of(Table(uris=(str(tmp_path / name),), keep=("note",)))
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be", "utf-32"])
+@pytest.mark.parametrize("form", ["csv", "tsv", "txt", "jsonl"])
+def test_other_encodings_are_told(tmp_path: Path, form: str, encoding: str) -> None:
+    path = tmp_path / f"a.{form}"
+    path.write_bytes("uri\n1.jpg\n".encode(encoding))
+    with pytest.raises(InputError, match=r"(?s)in UTF-16.*iconv"):
+        parts_of(Table(uris=(str(path),)))
+
+
+def test_bytes_that_are_not_utf8_are_told(tmp_path: Path, any_name: None, caplog: pytest.LogCaptureFixture) -> None:
+    path = tmp_path / "a.csv"
+    path.write_bytes("uri,note\n1.jpg,\\xe9\n2.jpg,café\n3.jpg,café\n".encode("latin-1"))
+    parts_of(Table(uris=(str(path),)))
+    assert [record.message.count("byte 20 is not UTF-8") for record in caplog.records] == [1]
+    caplog.clear()
+    path.write_text("uri,note\n1.jpg,\\xe9\n2.jpg,café\n", encoding="utf-8")
+    parts_of(Table(uris=(str(path),)))
+    assert not caplog.records
+
+
+@pytest.mark.parametrize("rows", [1, 2, 100])
+def test_a_text_is_one_uri_a_line(tmp_path: Path, any_name: None, rows: int) -> None:
+    path = tmp_path / "a.txt"
+    path.write_bytes('\ufeff1.jpg\r\n\r\n http://h/2,3.jpg?a=b  \n \n"4".jpg\n# gone\n6.jpg'.encode())
+    items = read(Table(uris=(str(path),)), rows)
+    assert [(item.key, getattr(item, "reason", "row")) for item in items] == [
+        ("1.jpg", "row"), ("http://h/2,3.jpg?a=b", "row"),
+        ('"4".jpg', "row"), ("# gone", "not_found"), ("6.jpg", "row"),
+    ]  # fmt: skip
+    path = path.rename(tmp_path / "a.csv")
+    assert len(read(Table(uris=(str(path),), format="txt", uri="address"), rows)) == 5
+
+
+def test_objects_may_leave_names_out(tmp_path: Path, any_name: None) -> None:
+    path = tmp_path / "a.jsonl"
+    lines = ["x", '{"uri": "1.jpg"}', *['{"uri": "2.jpg", "other": 1}'] * 300, '{"note": 7, "uri": "3.jpg"}']
+    path.write_text("\n".join(lines))
+    items = [item for item in read(Table(uris=(str(path),), keep=("note:int64",))) if isinstance(item, Row)]
+    assert [(row.key, row.passthrough["note"]) for row in (items[0], items[-1])] == [("1.jpg", None), ("3.jpg", 7)]
+
+
+def test_folders_of_a_parquet_lists_path_are_columns(tmp_path: Path, any_name: None) -> None:
+    for folder in ("year=2020", f"year={HIVE_NULL}"):
+        (tmp_path / folder).mkdir()
+        pq.write_table(pa.table({"uri": ["a", "b"]}), tmp_path / folder / "l.parquet")
+    source = Table(uris=(f"{tmp_path}/*/l.parquet",), keep=("year:int64", "uri"))
+    assert [item.passthrough["year"] for item in read(source, rows=1) if isinstance(item, Row)] == [2020] * 2 + [
+        None
+    ] * 2
+
+
 def test_a_parquet_list_keeps_its_types(tmp_path: Path, any_name: None) -> None:
     columns = {"url": ["a", "b", "c"], "id": [7, 8, 9], "boxes": [[1.5], [], None]}
     pq.write_table(pa.table(columns), tmp_path / "a.parquet", row_group_size=2)
     source = Table(uris=(str(tmp_path / "a.parquet"),), uri="url", key="id", keep=("boxes",))
     assert source.passthrough() == pa.schema([("boxes", pa.list_(pa.float64()))])
-    assert [(i.key, i.passthrough["boxes"]) for i in read(source, rows=2) if isinstance(i, Row)] == [
-        ("7", [1.5]), ("8", []), ("9", None),
+    rows = [i for i in read(source, rows=2) if isinstance(i, Row)]
+    assert [row.key for row in rows] == ["7", "8", "9"]
+    assert column_of([row.passthrough["boxes"] for row in rows], pa.list_(pa.float64())).to_pylist() == columns["boxes"]
+
+
+def test_a_parquet_list_keeps_what_python_cannot_hold(tmp_path: Path, any_name: None) -> None:
+    when = pa.array([0, 10**18, None], pa.timestamp("us"))
+    pq.write_table(pa.table({"uri": ["a", "b", "c"], "when": when, "uri2": ["a", "b", "c"]}), tmp_path / "a.parquet")
+    source = Table(uris=(str(tmp_path / "a.parquet"),), keep=("when", "uri"))
+    rows = [i for i in read(source) if isinstance(i, Row)]
+    assert column_of([row.passthrough["when"] for row in rows], when.type).is_valid().to_pylist() == [
+        True,
+        False,
+        False,
+    ]
+    assert [row.warnings for row in rows] == [(), ("when_unreadable",), ()]
+    assert [row.passthrough["uri"] for row in rows] == ["a", "b", "c"]
+    as_text = [i for i in read(Table(uris=source.uris, keep=("when:string",))) if isinstance(i, Row)]
+    assert [(row.passthrough["when"], row.warnings) for row in as_text] == [
+        ("1970-01-01 00:00:00.000000", ()), (None, ("when_not_string",)), (None, ()),
     ]  # fmt: skip
 
 
@@ -127,19 +285,60 @@ def test_lists_that_disagree_are_refused_naming_both(tmp_path: Path) -> None:
         ("https://h/a.jpg?x=1", "/d/l.csv", "https://h/a.jpg?x=1"),
         ("/x/a.jpg", "/d/l.csv", "/x/a.jpg"),
         ("./x/a.jpg", "/d/l.csv", "/d/x/a.jpg"),
+        ("x//a.jpg", "/d/l.csv", "/d/x/a.jpg"),
+        ("x//a.jpg", "s3://b/p/l.csv", "s3://b/p/x//a.jpg"),
+        ("/a.jpg", "s3://b/p/l.csv", "/a.jpg"),
+        ("a.jpg", "s3://b/p//l.csv", "s3://b/p//a.jpg"),
+        ("a.jpg", "s3://b//l.csv", "s3://b//a.jpg"),
+        ("./x//../a.jpg", "gs://b/p/l.csv", "gs://b/p/x/a.jpg"),
+        ("a.jpg", "https://h/d/l.csv?x=/y/", "https://h/d/a.jpg"),
     ],
 )
 def test_relative_names(uri: str, list_uri: str, absolute: str) -> None:
     assert _absolute(uri, list_uri) == absolute
 
 
-def test_a_refusing_store_fails_the_part_but_a_missing_object_does_not(tmp_path: Path, any_name: None) -> None:
+@pytest.mark.parametrize("scheme", ["", "http://h/", "https://h/"])
+def test_what_one_row_may_not_read_is_a_reject(tmp_path: Path, any_name: None, scheme: str) -> None:
     path = tmp_path / "a.csv"
-    path.write_text("uri\nx\ngone\ny\n")
-    assert [getattr(item, "reason", "row") for item in read(Table(uris=(str(path),)))] == ["row", "not_found", "row"]
-    path.write_text("uri\nx\ndenied\ny\n")
+    path.write_text("uri\n" + "".join(f"{scheme}{name}\n" for name in ("denied", "x", "gone", "denied2", "down", "y")))
+    for rows in (1, 2, 100):  # a part of one row asks the others before it gives up
+        items = read(Table(uris=(str(path),)), rows)
+        assert [getattr(item, "reason", "row") for item in items] == [
+            "refused", "row", "not_found", "refused", "unreachable", "row",
+        ]  # fmt: skip
+
+
+@pytest.mark.parametrize("rows", [1, 100])
+@pytest.mark.parametrize("name", ["denied", "down"])
+def test_a_store_that_refuses_everything_fails_the_job(
+    tmp_path: Path, any_name: None, name: str, rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At once: not after each of its rows."""
+    asked: list[str] = []
+    real = AnyName.read
+    monkeypatch.setattr(AnyName, "read", lambda self, uri, *at, **how: asked.append(uri) or real(self, uri, *at, **how))
+    path = tmp_path / "a.csv"
+    path.write_text("uri\n" + "".join(f"http://h{i % 9}/{name}{i}\n" for i in range(1000)))
+    with pytest.raises(JobFailed, match=rf"(?s)nothing that the list names.*{name}.*same command again"):
+        read(Table(uris=(str(path),)), rows)
+    assert len(asked) < 400
+
+
+def test_another_store_that_denies_an_object_fails_the_part(tmp_path: Path, any_name: None) -> None:
+    path = tmp_path / "a.csv"
+    path.write_text("uri\ns3://b/x\ns3://b/denied\n")
     with pytest.raises(PartFailed, match=r"(?s)denied.*policy"):
         read(Table(uris=(str(path),)))
+
+
+def test_a_server_that_never_answers_is_not_asked_for_each_row(tmp_path: Path, any_name: None) -> None:
+    path = tmp_path / "a.csv"
+    names = [f"http://dead/down{i}" for i in range(200)]
+    path.write_text("uri\nhttp://h/x\n" + "\n".join(names) + "\nhttp://h/y\n")
+    items = read(Table(uris=(str(path),), threads=2))
+    assert [getattr(item, "reason", "row") for item in items] == ["row", *["unreachable"] * 200, "row"]
+    assert sum("its server answered none" in item.message for item in items if isinstance(item, Reject)) > 150
 
 
 def test_order_is_the_lists_and_few_are_fetched_at_once(tmp_path: Path, any_name: None) -> None:

@@ -15,10 +15,20 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.read.byte_source import ChunkBytes, RangedBytes
-from pipeline.read.gzip import GzipBytes
-from pipeline.read.tar import BLOCK, Archive, Damage, Member, find_header, parse_header, parse_number, parse_records
-from pipeline.storage import Entry, Store
+from img2parquet.read.byte_source import ChunkBytes, RangedBytes
+from img2parquet.read.gzip_stream import GzipBytes
+from img2parquet.read.tar import (
+    BLOCK,
+    MAX_EXTENDED_BYTES,
+    Archive,
+    Damage,
+    Member,
+    find_header,
+    parse_header,
+    parse_number,
+    parse_records,
+)
+from img2parquet.storage import Entry, Store
 from tests.read.broken_shards import PLAIN, images, jpeg, overwrite, tar, with_checksum
 
 LIMIT = 1 << 20
@@ -32,7 +42,7 @@ def chunked(data: bytes, size: int) -> Iterator[bytes]:
 
 
 def members(data: bytes, chunk: int = 1000) -> list[Member | Damage]:
-    return list(Archive(ChunkBytes(chunked(data, chunk), 0, len(data)), lambda name, size_bytes: True, LIMIT))
+    return list(Archive(ChunkBytes(chunked(data, chunk), 0, len(data)), lambda *_: True, LIMIT))
 
 
 @settings(max_examples=60, deadline=None)
@@ -109,6 +119,21 @@ def test_a_broken_extended_header_costs_its_member_and_no_other() -> None:
     assert [type(item) for item in members(broken)] == [Member, Damage, Member]
 
 
+@pytest.mark.parametrize("over", [0, 1])
+def test_an_extended_header_has_a_largest_size(over: int) -> None:
+    size_bytes = MAX_EXTENDED_BYTES + over
+    info = tarfile.TarInfo("x")
+    info.type, info.size = tarfile.XHDTYPE, size_bytes
+    record = b"%d path=" % size_bytes
+    body = record + b"n" * (size_bytes - len(record) - 1) + b"\n" + bytes(-size_bytes % BLOCK)
+    first, *others = members(info.tobuf(tarfile.USTAR_FORMAT) + body + tar([("a.jpg", b"a")]))
+    if over:
+        assert isinstance(first, Damage) and "claims 1048577 bytes" in first.message
+        assert [item.name for item in others] == ["a.jpg"]
+    else:
+        assert isinstance(first, Member) and first.name.startswith("nnn") and first.body == b"a" and not others
+
+
 def test_old_gnu_sparse_files_are_passed_over_whole() -> None:
     info = tarfile.TarInfo("s.jpg")
     info.type, info.size = tarfile.GNUTYPE_SPARSE, 700
@@ -128,6 +153,7 @@ def test_old_gnu_sparse_files_are_passed_over_whole() -> None:
     [
         (b"0000644\0", 0o644), (b"   644 \0", 0o644), (b"\0" * 8, 0), (b"\x80" + b"\0" * 6 + b"\7", 7),
         (b"\xff" * 8, None), (b"12x\0\0\0\0\0", None), (b"0000009\0", None), (b"-000001\0", None),
+        (b"644\x00777\0", 0o644), (b"644\0 x \0", 0o644),
     ],
 )  # fmt: skip
 def test_numbers(field: bytes, value: int | None) -> None:
@@ -151,7 +177,7 @@ def test_checksums_of_old_signed_writers_are_accepted() -> None:
 
 def test_an_inner_tar_is_a_body_like_any_other() -> None:
     data = tar([("inner.tar", tar(images())), ("a.jpg", jpeg(0))])
-    archive = Archive(ChunkBytes(chunked(data, 700), 0, len(data)), lambda name, _: name.endswith("jpg"), LIMIT)
+    archive = Archive(ChunkBytes(chunked(data, 700), 0, len(data)), lambda name, *_: name.endswith("jpg"), LIMIT)
     assert [item.name for item in archive] == ["inner.tar", "a.jpg"]
 
 
@@ -166,7 +192,7 @@ def test_fuzz(seed: int, is_gzip: bool) -> None:
         source: ChunkBytes = GzipBytes(chunked(compressed, 777))
     else:
         source = ChunkBytes(chunked(data, 777), 0, len(data))
-    found = list(itertools.islice(Archive(source, lambda name, size_bytes: True, LIMIT), 1000))
+    found = list(itertools.islice(Archive(source, lambda *_: True, LIMIT), 1000))
     assert len(found) < 1000
     at = 0
     if is_gzip and found and isinstance(found[-1], Damage) and not found[-1].size_bytes:
@@ -211,7 +237,7 @@ def mutate_once(data: bytes, at: int, length: int, rng: random.Random) -> bytes:
 
 
 def test_a_header_is_found_across_window_borders(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pipeline.read.tar.WINDOW_BYTES", 1024)
+    monkeypatch.setattr("img2parquet.read.tar.WINDOW_BYTES", 1024)
     for gap in range(3000, 3600, 37):
         data = b"\xa5" * gap + tar([("a.jpg", b"a")])
         found = members(data)
@@ -256,7 +282,7 @@ def test_headers_alone_are_read_from_large_members(tmp_path: Path) -> None:
             return super().read(uri, start, stop, expect=expect)
 
     source = RangedBytes(Counting(), Store().stat(str(path)))
-    found = list(Archive(source, lambda name, size_bytes: True, LIMIT, bodies=False))
+    found = list(Archive(source, lambda *_: True, LIMIT, bodies=False))
     assert len(found) == 2004 and all(isinstance(item, Member) for item in found)
     assert sum(asked) < 4 << 20, "the large bodies were not read"
     assert len(asked) < 30, "the small ones did not cost a request each"

@@ -13,11 +13,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.read import PartLimits, read_part
-from pipeline.read.samples import Sampler
-from pipeline.read.tar import Member
-from pipeline.read.webdataset import WebDataset
-from pipeline.schema import Part, Reject, Row
+from img2parquet.read import PartLimits, read_part
+from img2parquet.read.tar import Member
+from img2parquet.read.tar_samples import Sampler
+from img2parquet.read.webdataset import WebDataset
+from img2parquet.schema import Part, Reject, Row
 from tests.read.broken_shards import PLAIN, end_of_members, images, jpeg, overwrite, tar
 from tests.read.test_tar import mutate
 
@@ -49,7 +49,21 @@ def test_sidecars_become_columns(tmp_path: Path) -> None:
     assert row.warnings == ("big_not_int64",)
 
 
-@pytest.mark.parametrize("text", [b"{", b"[1]", b"\xff\xfe", b"[" * 100_000, b"7", b"", b'{"a": ' + b"9" * 5000 + b"}"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        b"{",
+        b"[1]",
+        b'[["label", 1]]',
+        b'["ab"]',
+        b"null",
+        b"\xff\xfe",
+        b"[" * 100_000,
+        b"7",
+        b"",
+        b'{"a": ' + b"9" * 5000 + b"}",
+    ],
+)
 def test_a_sidecar_that_is_no_object_is_a_remark(tmp_path: Path, text: bytes) -> None:
     (row,) = rows_of(tmp_path, [("x.jpg", b"i"), ("x.json", text)], keep=["label"])
     assert row.passthrough == {"label": None} and row.warnings == ("json_unreadable",)
@@ -59,6 +73,22 @@ def test_surrogates_and_foreign_bytes_become_text_that_arrow_takes(tmp_path: Pat
     members = [("x.jpg", b"i"), ("x.json", b'{"a": "\\ud800 x"}'), ("x.txt", b"caf\xe9")]
     (row,) = rows_of(tmp_path, members, keep=["a", "txt"])
     assert row.passthrough == {"a": "\\ud800 x", "txt": "caf\\xe9"}
+    assert row.warnings == ("txt_not_utf8",)
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+def test_a_byte_order_mark_tells_a_sidecars_encoding(tmp_path: Path, encoding: str) -> None:
+    members = [("x.jpg", b"i"), ("x.txt", "café".encode(encoding)), ("x.json", '{"a": "é"}'.encode(encoding))]
+    (row,) = rows_of(tmp_path, members, keep=["a", "txt"])
+    assert (row.passthrough, row.warnings) == ({"a": "é", "txt": "café"}, ())
+
+
+def test_a_byte_order_mark_is_no_part_of_a_sidecar(tmp_path: Path) -> None:
+    members = [
+        (f"x.{kind}", b"\xef\xbb\xbf" + text) for kind, text in (("txt", b"a"), ("cls", b"7"), ("json", b'{"n": 1}'))
+    ]
+    (row,) = rows_of(tmp_path, [("x.jpg", b"i"), *members], keep=["txt", "cls", "json", "n:int64"])
+    assert row.passthrough == {"txt": "a", "cls": 7, "json": '{"n": 1}', "n": 1} and row.warnings == ()
 
 
 def test_the_key_is_the_path_up_to_the_first_dot(tmp_path: Path) -> None:
@@ -69,6 +99,36 @@ def test_the_key_is_the_path_up_to_the_first_dot(tmp_path: Path) -> None:
         "UP",
         "a/b.c/d2",
     ]
+
+
+NAMELESS = {  # images by how they start
+    "jpeg": jpeg(1), "png": b"\x89PNG\r\n\x1a\n....", "gif": b"GIF89a..", "webp": b"RIFF....WEBPVP8 ",
+    "tiff": b"II*\0....", "avif": b"\0\0\0\x1cftypavif....", "heic": b"\0\0\0\x18ftypheic....",
+    "bmp": b"BM" + bytes(12) + b"\x28\0\0\0",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("split", [1, 1 << 30])
+def test_an_image_without_an_extension_is_a_row_and_other_such_members_are_counted(
+    tmp_path: Path, split: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    others = [("n/README", b"RIFF is no image"), ("n/empty", b""), ("n/._x", jpeg(1)), ("n/BM", b"BM, a text")]
+    members = [(f"n/{name}", data) for name, data in NAMELESS.items()]
+    source = source_of(tmp_path, tar([*members, *others, ("n/z.jpg", b"z")]), split_above_bytes=split)
+    with caplog.at_level(logging.INFO):
+        rows = [item for items in read_all(source, PartLimits(rows=2)) for item in items]
+    assert [(row.key, row.image) for row in rows if isinstance(row, Row)] == [*members, ("n/z", b"z")]
+    assert len(rows) == len(members) + 1
+    assert "3 without an extension" in caplog.text and "1 hidden" in caplog.text
+
+
+def test_an_image_without_an_extension_has_sidecars(tmp_path: Path) -> None:
+    (row,) = rows_of(tmp_path, [("4f1c", jpeg(1)), ("4f1c.json", b'{"label": "cat"}')], keep=["label"])
+    assert (row.key, row.passthrough, row.image) == ("4f1c", {"label": "cat"}, jpeg(1))
+
+
+def test_image_extensions_exclude_members_without_one(tmp_path: Path) -> None:
+    assert [row.key for row in rows_of(tmp_path, [("4f1c", jpeg(1)), ("a.jpg", b"a")], image=["jpg"])] == ["a"]
 
 
 def test_several_images_take_their_own_sidecar_first(tmp_path: Path) -> None:

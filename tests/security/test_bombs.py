@@ -10,19 +10,20 @@ import subprocess
 import sys
 import tarfile
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from itertools import repeat
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from pipeline.errors import StorageError
-from pipeline.storage import Store
+from img2parquet.errors import StorageError
+from img2parquet.storage import Store, http_client
 from tests.security.servers import Answer, web
-from tests.small import make_checkpoint
+from tests.support.small_job import make_checkpoint
 
 MIB = 1 << 20
 GIB = 1 << 30
@@ -127,7 +128,7 @@ DECODE = """
 from pathlib import Path
 from PIL import Image
 Image.MAX_IMAGE_PIXELS = None  # a program around ours may have done this
-from pipeline.decode import DecodePolicy, decode
+from img2parquet.images.decode import DecodePolicy, decode
 warm = decode(Path(sys.argv[1]).read_bytes())
 images = [(path.name, path.read_bytes()) for path in sorted(Path(sys.argv[2]).iterdir())]
 """
@@ -144,7 +145,7 @@ def test_no_image_takes_more_than_its_header_may_say(tmp_path: Path) -> None:
     assert grew < 150, said
     assert said.count("|") == len(IMAGES)
     for name in ("png header", "gif screen", "gif frame", "webp canvas", "jpeg header", "tiff header", "bmp header"):
-        assert f"{name} | Bad(reason='too_many_pixels'" in said, said
+        assert f"{name} | Rejection(reason='too_many_pixels'" in said, said
 
 
 def header(name: str, size_bytes: int, kind: bytes = tarfile.REGTYPE) -> bytes:
@@ -183,9 +184,9 @@ SHARDS: dict[str, Callable[[], Iterable[bytes]]] = {
     "global records": lambda: (piece for n in range(300) for piece in (header("g", MIB, b"g"), record(n))),
 }
 READ = """
-from pipeline.read import PartLimits
-from pipeline.read.{module} import {name} as Source
-from pipeline.schema import Part
+from img2parquet.read import PartLimits
+from img2parquet.read.{module} import {name} as Source
+from img2parquet.schema import Part
 source = Source(uris=(sys.argv[1],), {settings})
 """
 COUNT = """
@@ -212,7 +213,7 @@ def test_a_gzip_name_without_an_end_is_no_name(tmp_path: Path) -> None:
 
 
 def test_pages_that_grow_a_thousandfold_are_read_some_at_a_time(tmp_path: Path) -> None:
-    """One row group of pages of 8 MiB; larger ones are in `tests/read/test_pages.py`."""
+    """One row group of pages of 8 MiB; larger ones are in `tests/read/test_page_size_guard.py`."""
     images = pa.array([bytes(2 * MIB)] * 300, pa.large_binary())
     table = pa.table({"id": [str(i) for i in range(300)], "image": images})
     how = {"compression": "zstd", "use_dictionary": False, "write_statistics": False, "write_batch_size": 4}
@@ -253,14 +254,14 @@ CHECKPOINTS: dict[str, Callable[[Path], object]] = {
 LOAD = """
 import shutil
 from pathlib import Path
-import pipeline
-from pipeline.errors import CheckpointError
-pipeline.load_model(sys.argv[1])
+import img2parquet
+from img2parquet.errors import CheckpointError
+img2parquet.load_model(sys.argv[1])
 """
 REFUSE = """
 for folder in sorted(Path(sys.argv[2]).iterdir()):
     try:
-        pipeline.load_model(str(folder))
+        img2parquet.load_model(str(folder))
     except CheckpointError as error:
         print("refused", folder.name)
 """
@@ -295,14 +296,28 @@ def test_a_server_that_sends_for_ever_is_heard_no_further_than_asked(tells: bool
     with web(answer) as site:
         if tells:
             with pytest.MonkeyPatch.context() as patch, pytest.raises(StorageError, match="1001 of 1000 bytes"):
-                patch.setattr("pipeline.storage.faults.time.sleep", lambda seconds: None)
+                patch.setattr("img2parquet.storage.retry.time.sleep", lambda seconds: None)
                 store = Store()
                 store.read(site.url + "/a", expect=store.stat(site.url + "/a"))
         else:
             assert len(Store().read(site.url + "/a", 0, 5 * MIB)) == 5 * MIB
 
 
-def test_what_a_server_has_compressed_is_not_expanded() -> None:
-    data = gzip.compress(bytes(50 * MIB))
+def test_what_a_server_has_compressed_is_expanded_no_further_than_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(http_client, "MOST_INFLATED_BYTES", 20 * MIB)
+    data, inflated = gzip.compress(bytes(50 * MIB)), list[int]()
+    unpacked = http_client._unpacked
+
+    async def counted(answer: Any) -> AsyncIterator[bytes]:
+        async for chunk in unpacked(answer):
+            inflated.append(len(chunk))
+            yield chunk
+
+    monkeypatch.setattr(http_client, "_unpacked", counted)
     with web(lambda target: Answer(body=data, headers={"Content-Encoding": "gzip"})) as site:
-        assert Store().read(site.url + "/a") == data
+        assert Store().read(site.url + "/a", 0, 5 * MIB) == bytes(5 * MIB)
+        assert sum(inflated) <= 6 * MIB
+        with pytest.raises(StorageError, match="unpacks to more than"):
+            Store().read(site.url + "/a")
+        with pytest.raises(StorageError, match="unpacks to more than"):
+            Store().stat(site.url + "/a")

@@ -13,17 +13,17 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline.cli import main
-from pipeline.commit import parse_name
-from pipeline.driver import run
-from pipeline.errors import JobError, printable
-from pipeline.job import parse_job
-from pipeline.read import PartLimits
-from pipeline.read.webdataset import WebDataset
-from pipeline.results import open_results, read_rejects
-from pipeline.schema import Part
-from pipeline.tell import say
-from tests.small import job_dict, jpeg, make_checkpoint
+from img2parquet.cli import main
+from img2parquet.cli.output import say
+from img2parquet.dataset.listing import parse_name
+from img2parquet.engine.driver import run
+from img2parquet.errors import JobError, printable
+from img2parquet.job import parse_job
+from img2parquet.read import PartLimits
+from img2parquet.read.webdataset import WebDataset
+from img2parquet.results.reader import open_results, read_rejects
+from img2parquet.schema import Part
+from tests.support.small_job import job_dict, jpeg
 
 KEYS = [
     "a\nb", "a\r\nerror: all is lost", "a\0b", "\x1b[2J\x1b]0;owned\x07", "\x9b31m", "\u202egnp.exe", "\u2066x\u2069",
@@ -31,11 +31,6 @@ KEYS = [
     "C:\\Windows\\x", "model=other/part-000000-0000000000000000", "_SUCCESS", "$(rm -rf ~)", "`id`", "%s%n", "{0}", "~",
     ".", "..", " ", "\t", "k" * 1_000_000, "\u00e9", "e\u0301", "\U0001f600", "\ufeff", "\ud7ff",
 ]  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_checkpoint(tmp_path_factory.mktemp("checkpoint"))
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +69,9 @@ def test_problems_are_one_line_each(
     results: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A key that is there twice is named by `verify`."""
-    monkeypatch.setattr("pipeline.verify.verify", lambda output: [f"key `{key}` is there twice" for key in KEYS])
+    monkeypatch.setattr(
+        "img2parquet.results.verify.verify", lambda output: [f"key `{key}` is there twice" for key in KEYS]
+    )
     assert main(["verify", str(results / "out")]) == 1
     out = capsys.readouterr().out
     assert len(out.split("\n")) == len(KEYS) + 1
@@ -101,7 +98,7 @@ def test_a_partition_is_named_by_a_word(name: str, checkpoint: Path, tmp_path: P
     if name == "":
         assert parse_job(document).models[0].name == checkpoint.name
         return
-    with pytest.raises(JobError, match="use letters, digits"):
+    with pytest.raises(JobError, match="use only letters, digits"):
         parse_job(document)
 
 

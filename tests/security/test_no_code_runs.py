@@ -16,18 +16,17 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-import pipeline
-from pipeline.commit import Output
-from pipeline.driver import run
-from pipeline.errors import CheckpointError
-from pipeline.job import parse_job
-from pipeline.results import open_results, read_rejects, status
-from pipeline.verify import verify
-from tests.small import add_member, job_dict, jpeg, make_checkpoint, small_job
+import img2parquet
+from img2parquet.engine.driver import run
+from img2parquet.errors import CheckpointError
+from img2parquet.job import parse_job
+from img2parquet.results.reader import open_results, read_rejects, status
+from img2parquet.results.verify import verify
+from tests.support.small_job import add_member, job_dict, jpeg, small_job
 
-ROOT = Path(pipeline.__file__).parent
+ROOT = Path(img2parquet.__file__).parent
 # what one of our processes sends to another, over Ray or a pipe
-OUR_OWN_PROCESSES = {"cluster.py", "actors.py", "child.py"}
+OUR_OWN_PROCESSES = {"ray_data.py", "ray_workers.py", "child_process.py"}
 
 MARK = "IMG2PARQUET_TEST_WAS_RUN"
 
@@ -49,11 +48,6 @@ def nothing_was_run() -> Iterator[None]:
     os.environ.pop(MARK, None)
     yield
     assert MARK not in os.environ, "a payload was run"
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_checkpoint(tmp_path_factory.mktemp("checkpoint"))
 
 
 def test_the_payload_works() -> None:
@@ -123,7 +117,7 @@ def test_a_checkpoint_with_code_is_refused(content: object, legacy: bool, checkp
     folder = poisoned(tmp_path / "poisoned", checkpoint, {})
     torch.save(content, folder / "pytorch_model.bin", _use_new_zipfile_serialization=not legacy)
     with pytest.raises(CheckpointError, match="pickled code"):
-        pipeline.load_model(str(folder))
+        img2parquet.load_model(str(folder))
 
 
 def test_a_bare_pickle_is_refused(checkpoint: Path, tmp_path: Path) -> None:
@@ -131,13 +125,13 @@ def test_a_bare_pickle_is_refused(checkpoint: Path, tmp_path: Path) -> None:
     for protocol in range(pickle.HIGHEST_PROTOCOL + 1):
         (folder / "pytorch_model.bin").write_bytes(pickle.dumps(Payload(), protocol))
         with pytest.raises(CheckpointError):
-            pipeline.load_model(str(folder))
+            img2parquet.load_model(str(folder))
 
 
 def test_a_pickle_in_safetensors_clothes_is_refused(checkpoint: Path, tmp_path: Path) -> None:
     folder = poisoned(tmp_path / "poisoned", checkpoint, {"weight": Payload()}, "model.safetensors")
     with pytest.raises(CheckpointError, match="safetensors"):
-        pipeline.load_model(str(folder))
+        img2parquet.load_model(str(folder))
 
 
 def test_code_in_a_sharded_checkpoint_is_refused(checkpoint: Path, tmp_path: Path) -> None:
@@ -145,7 +139,7 @@ def test_code_in_a_sharded_checkpoint_is_refused(checkpoint: Path, tmp_path: Pat
     index = {"weight_map": {"a": "pytorch_model-00001-of-00001.bin"}}
     (folder / "pytorch_model.bin.index.json").write_text(json.dumps(index))
     with pytest.raises(CheckpointError, match="pickled code"):
-        pipeline.load_model(str(folder))
+        img2parquet.load_model(str(folder))
 
 
 def test_a_checkpoints_own_modules_are_not_imported(checkpoint: Path, tmp_path: Path) -> None:
@@ -159,7 +153,7 @@ def test_a_checkpoints_own_modules_are_not_imported(checkpoint: Path, tmp_path: 
     config = json.loads((folder / "config.json").read_text())
     modules = {"AutoConfig": "configuration_levit.LevitConfig", "AutoModel": "modeling_levit.LevitModel"}
     (folder / "config.json").write_text(json.dumps({**config, "auto_map": modules}))
-    pipeline.load_model(str(folder))
+    img2parquet.load_model(str(folder))
 
 
 def test_pickles_among_a_shards_members_are_bytes(checkpoint: Path, tmp_path: Path) -> None:
@@ -221,7 +215,7 @@ def test_an_output_is_read_as_data(checkpoint: Path, tmp_path: Path) -> None:
         kept = (tmp_path / "out" / name).read_bytes()
         (tmp_path / "out" / name).write_bytes(code)
         for look in (
-            lambda: verify(Output.at(job.output.uri)),
+            lambda: verify(job.output.uri),
             lambda: status(job.output.uri),
             lambda: run(job, "local"),
         ):

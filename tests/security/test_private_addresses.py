@@ -10,15 +10,15 @@ from typing import Any
 import aiohttp
 import pytest
 
-from pipeline.errors import AccessDenied, InputError, PrivateAddress
-from pipeline.read.table import Table
-from pipeline.schema import Reject, Row
-from pipeline.storage import Store
-from pipeline.storage.given import given
-from pipeline.storage.web import Reach, is_public
+from img2parquet.errors import AccessDenied, InputError, PrivateAddress
+from img2parquet.read.table import Table
+from img2parquet.schema import Reject, Row
+from img2parquet.storage import Store
+from img2parquet.storage.http_client import Reach, is_public
+from img2parquet.storage.uri_secrets import given
 from tests.read.test_table import read
 from tests.security.servers import Answer, Web, redirect, web
-from tests.small import jpeg
+from tests.support.small_job import jpeg
 
 PRIVATE = [
     "127.0.0.1", "127.9.9.9", "0.0.0.0", "10.0.0.1", "172.16.0.1", "172.31.255.255", "192.168.1.1", "169.254.169.254",
@@ -120,7 +120,7 @@ def test_a_name_that_resolves_elsewhere_the_second_time(
     inside: Web, resolved: dict[str, list[str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Rebinding between the look and the connection: what counts is where the connection ends."""
-    from pipeline.storage import web as client
+    from img2parquet.storage import http_client as client
 
     monkeypatch.setattr(client._Resolver, "resolve", lambda self, *a, **k: self.system.resolve(*a, **k))
     resolved["rebound.example"] = ["127.0.0.1"]
@@ -133,7 +133,7 @@ def test_an_option_allows_it(inside: Web) -> None:
     allowed = {"http": {"allow_private_addresses": True}}
     with web(lambda path: redirect(inside.url + "/a")) as outside:
         assert Store(allowed, given([])).read(outside.url + "/x") == b"the secret of the inside"
-    with pytest.raises(InputError, match="say true or false"):
+    with pytest.raises(InputError, match="must be true or false"):
         Store({"https": {"allow_private_addresses": "yes"}})
 
 

@@ -18,15 +18,15 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
-from pipeline.cli import main
-from pipeline.commit import Output
-from pipeline.errors import JobError
-from pipeline.job import parse_job
-from pipeline.metrics import Page
-from pipeline.storage import Store, names_in
-from pipeline.storage.entry import redact_text
+from img2parquet.cli import main
+from img2parquet.dataset.commit import Output
+from img2parquet.errors import JobError
+from img2parquet.job import parse_job
+from img2parquet.storage import Store, names_in
+from img2parquet.storage.backend import redact_text
+from img2parquet.telemetry.prometheus import Page
 from tests.security.servers import Answer, Web, web
-from tests.small import job_dict, jpeg, make_checkpoint, make_shards
+from tests.support.small_job import job_dict, jpeg, make_checkpoint, make_shards
 
 ENVIRONMENT = {
     "AWS_SECRET_ACCESS_KEY": "PLANTED-aws-secret",
@@ -160,7 +160,7 @@ FAULTS: dict[str, Callable[[str], Answer]] = {
 def test_no_failure_tells_a_secret(
     fault: str, made: Path, tmp_path: Path, capfd: Any, caplog: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("pipeline.storage.faults.time.sleep", lambda seconds: None)
+    monkeypatch.setattr("img2parquet.storage.retry.time.sleep", lambda seconds: None)
     with web(FAULTS[fault]) as site:
         job = write_job(tmp_path, made, kind="webdataset", uris=[signed(site, "000.tar")])
         code, said = run_all(job, capfd, caplog)
@@ -173,7 +173,7 @@ def test_a_failure_in_the_middle_tells_none(
     made: Path, tmp_path: Path, capfd: Any, caplog: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """After planning; the message goes through a worker and the session's summary of failed parts."""
-    monkeypatch.setattr("pipeline.storage.faults.time.sleep", lambda seconds: None)
+    monkeypatch.setattr("img2parquet.storage.retry.time.sleep", lambda seconds: None)
     asked: list[str] = []
 
     def answer(target: str) -> Answer:
@@ -198,7 +198,7 @@ def closed_port() -> int:
 def test_a_server_that_is_down_tells_none(
     scheme: str, made: Path, tmp_path: Path, capfd: Any, caplog: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("pipeline.storage.faults.time.sleep", lambda seconds: None)
+    monkeypatch.setattr("img2parquet.storage.retry.time.sleep", lambda seconds: None)
     host = f"user:PLANTED-password@127.0.0.1:{closed_port()}"
     monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://{host}")
     uri = "s3://bucket/a.tar" if scheme == "s3" else f"{scheme}://{host}/a.tar?{SIGNED}"
@@ -225,7 +225,7 @@ def test_lines_and_metrics_for_machines_tell_none_either(
         pages.append(Page())
         return pages[-1]
 
-    monkeypatch.setattr("pipeline.metrics.Page", page)
+    monkeypatch.setattr("img2parquet.telemetry.prometheus.Page", page)
     (tmp_path / "list.csv").write_text(f"uri\n{signed(site, 'a.jpg')}\n{signed(site, 'none.jpg')}\n")
     job = write_job(tmp_path, made, kind="table", uris=[str(tmp_path / "list.csv")],
                     storage_options={"http": {"allow_private_addresses": True}})  # fmt: skip
@@ -240,7 +240,7 @@ def test_our_own_mistakes_tell_none(made: Path, tmp_path: Path, capfd: Any, monk
     def break_down(*_: object, **__: object) -> None:
         raise RuntimeError(f"could not do https://user:PLANTED@host/a?{SIGNED} at all")
 
-    monkeypatch.setattr("pipeline.driver.run", break_down)
+    monkeypatch.setattr("img2parquet.engine.driver.run", break_down)
     assert main(["run", str(write_job(tmp_path, made, kind="folder", uris=[str(made / "in")]))]) == 1
     said = capfd.readouterr()
     assert "RuntimeError: could not do https://host/a at all" in said.err
@@ -309,9 +309,12 @@ def test_under_ray_nothing_is_told_either(dies: bool, made: Path, tmp_path: Path
     with web(answer) as site:
         job = write_job(tmp_path, made, kind="webdataset", uris=[signed(site, "000.tar")])
         environment = {**os.environ, "RAY_TMPDIR": str(session), "PYTHONLOGLEVEL": "DEBUG"}
-        code = "import logging, sys; logging.basicConfig(level=0); from pipeline.cli import main; sys.exit(main())"
+        code = "import logging, sys; logging.basicConfig(level=0); from img2parquet.cli import main; sys.exit(main())"
         ran = subprocess.run(
-            [sys.executable, "-c", code, "run", str(job)], capture_output=True, env=environment, timeout=300
+            [sys.executable, "-c", code, "run", str(job), "--runner", "ray"],
+            capture_output=True,
+            env=environment,
+            timeout=300,
         )
     try:
         assert ran.returncode == (1 if dies else 0), ran.stderr[-2000:]

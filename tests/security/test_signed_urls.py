@@ -9,20 +9,20 @@ from urllib.parse import parse_qs, urlsplit
 
 import pytest
 
-from pipeline.commit import Output
-from pipeline.driver import run
-from pipeline.errors import Img2ParquetError, InputError, JobFailed
-from pipeline.job import JobSpec, parse_job
-from pipeline.plan import Plan, make_plan
-from pipeline.read import PartLimits
-from pipeline.read.table import Table
-from pipeline.read.webdataset import WebDataset
-from pipeline.results import open_results
-from pipeline.storage.given import Given, given, name_of
-from pipeline.verify import verify
+from img2parquet.dataset.commit import Output
+from img2parquet.dataset.plan import Plan, make_plan
+from img2parquet.engine.driver import run
+from img2parquet.errors import Img2ParquetError, InputError, JobFailed
+from img2parquet.job import JobSpec, parse_job
+from img2parquet.read import PartLimits
+from img2parquet.read.table import Table
+from img2parquet.read.webdataset import WebDataset
+from img2parquet.results.reader import open_results
+from img2parquet.results.verify import find_problems
+from img2parquet.storage.uri_secrets import UriSecrets, given, name_of
 from tests.read.test_table import read
 from tests.security.servers import Answer, web
-from tests.small import job_dict, jpeg, make_checkpoint, make_shards
+from tests.support.small_job import job_dict, jpeg, make_checkpoint, make_shards
 
 SECRETS = [
     ("https://u:PW@h/a?x=1", "https://h/a?x=1"),
@@ -68,7 +68,7 @@ def test_what_lies_beside_a_file_with_a_login_is_asked_for_with_it() -> None:
     assert known.address_of("https://h/a.jpg") == "https://u:PW@h/a.jpg"
     assert known.address_of("https://h.evil/a.jpg") == "https://h.evil/a.jpg"
     assert known.address_of("http://h/a.jpg") == "http://h/a.jpg"
-    assert Given().address_of("https://h/a") == "https://h/a"
+    assert UriSecrets().address_of("https://h/a") == "https://h/a"
 
 
 def test_two_secrets_for_one_name_are_refused() -> None:
@@ -117,7 +117,7 @@ def test_a_job_goes_on_with_urls_that_were_signed_again(
         return plan
 
     output = Output.at(str(tmp_path / "out"))
-    monkeypatch.setattr("pipeline.driver.make_plan", plan_then_expire)
+    monkeypatch.setattr("img2parquet.engine.driver.make_plan", plan_then_expire)
     with web(answer) as site:
         with pytest.raises(JobFailed, match=r"(?s)part 1: .*access denied.*get a new URL") as told:
             run(job_of(made, tmp_path / "out", site.url, "FIRST"), "local")
@@ -128,7 +128,7 @@ def test_a_job_goes_on_with_urls_that_were_signed_again(
     assert site.asked and all("001.tar" in target and "SECOND" in target for target in site.asked)
     assert (summary.parts, summary.parts_done_before) == (2, 1)
     assert output.stored_plan() == first
-    assert verify(output) == []
+    assert find_problems(output) == []
     shards = set(open_results(str(tmp_path / "out")).to_table().column("shard").to_pylist())
     assert shards == {f"{site.url}/000.tar?id=5", f"{site.url}/001.tar?id=5"}
 

@@ -5,14 +5,15 @@ from __future__ import annotations
 import errno
 import os
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from pipeline.errors import AccessDenied, AlreadyExists, NotFound, OutcomeUnknown, StorageError
-from pipeline.storage import Store, disk
+from img2parquet.errors import AccessDenied, AlreadyExists, InputError, NotFound, OutcomeUnknown, StorageError
+from img2parquet.storage import Store, disk
 
 store = Store()
 
@@ -26,7 +27,7 @@ def fail_with(number: int):  # type: ignore[no-untyped-def]
 
 def test_a_killed_create_leaves_nothing_that_is_listed(tmp_path: Path) -> None:
     code = (
-        "import os, signal, sys; from pipeline.storage import Store\n"
+        "import os, signal, sys; from img2parquet.storage import Store\n"
         "os.link = lambda *_: os.kill(os.getpid(), signal.SIGKILL)\n"
         "Store().create(sys.argv[1], b'x' * 1000)"
     )
@@ -132,6 +133,31 @@ def test_an_unreadable_folder_is_not_an_empty_one(
     monkeypatch.setattr(os, "scandir", scandir)
     with pytest.raises(error):
         store.list_files(str(tmp_path))
+
+
+def test_a_pattern_names_no_file_that_cannot_be_read(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A shard that a pattern names is not passed over; what it does not name does not matter."""
+    (tmp_path / "a.tar").write_bytes(b"x")
+    (tmp_path / ".#x").symlink_to("/nowhere")
+    os.mkfifo(tmp_path / "pipe")
+    assert [entry.uri for entry in store.expand([f"{tmp_path}/*.tar"])] == [f"{tmp_path}/a.tar"]
+    for make in (lambda path: path.symlink_to("/nowhere"), lambda path: os.mkfifo(path)):
+        make(tmp_path / "b.tar")
+        for pattern in ("*.tar", "**/*.tar"):
+            with pytest.raises(InputError, match=r"b\.tar: one of the (links|pipes)"):
+                store.expand([f"{tmp_path}/{pattern}"])
+        (tmp_path / "b.tar").unlink()
+    assert not caplog.text
+
+
+def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(tmp_path / "s"))
+        for name in ("pipe", "s"):
+            for ask in (store.stat, store.read, store.open):
+                with pytest.raises(NotFound, match="not a file"):
+                    ask(str(tmp_path / name))
 
 
 def test_folders_and_files_are_not_mistaken(tmp_path: Path) -> None:

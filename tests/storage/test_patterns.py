@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.errors import InputError
-from pipeline.storage import Store, patterns, resolve
-from pipeline.storage.patterns import expand_braces, glob_regex
+from img2parquet.errors import InputError
+from img2parquet.storage import Store, patterns, resolve
+from img2parquet.storage.patterns import expand_braces, glob_regex
 
 BRACES = {  # as `echo` of bash 5.2 prints them
     "a": ["a"],
@@ -67,6 +67,27 @@ def test_globs_find_what_python_finds(pattern: str, tmp_path: Path) -> None:
     expected = {p for p in glob.glob(f"{tmp_path}/{python}", recursive=True) if Path(p).is_file()}  # noqa: PTH207
     assert expected
     assert found == sorted(expected)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "found"),
+    [
+        ("v[2]/{0..1}.tar", ["v[2]/0.tar", "v[2]/1.tar"]),
+        ("v[2]/*", ["v[2]/0.tar", "v[2]/1.tar"]),
+        ("{a,b}/*.tar", ["{a,b}/[c].tar"]),
+        ("{a,b}/[c].tar", ["{a,b}/[c].tar"]),
+        ("w[2]/*", ["w2/2.tar"]),  # a pattern before it is a name
+    ],
+)
+def test_brackets_and_braces_are_letters_where_they_match_nothing(
+    tmp_path: Path, pattern: str, found: list[str]
+) -> None:
+    for name in ("v[2]/0.tar", "v[2]/1.tar", "{a,b}/[c].tar", "w2/2.tar", "w[2]/3.tar"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"x")
+    assert [entry.uri for entry in Store().expand([f"{tmp_path}/{pattern}"])] == [
+        f"{tmp_path}/{name}" for name in found
+    ]
 
 
 def test_random_patterns_match_as_pythons_do() -> None:

@@ -16,9 +16,9 @@ from urllib.parse import parse_qs
 
 import pytest
 
-from pipeline.errors import AccessDenied, InputError
-from pipeline.storage import Store
-from pipeline.storage.s3_client import S3Options
+from img2parquet.errors import AccessDenied, InputError
+from img2parquet.storage import Store
+from img2parquet.storage.s3_client import S3Options
 
 ROLE = "arn:aws:iam::123456789012:role/reader"
 CREDENTIALS = """<AssumeRoleResponse xmlns="https://sts.amazonaws.com/doc/2011-06-15/"><AssumeRoleResult>
@@ -159,7 +159,7 @@ def test_a_role_that_is_refused_is_told(seen: Seen) -> None:
     "options, told",
     [
         ({"role_arn": "reader"}, "expected arn:aws:iam::"),
-        ({"external_id": "x"}, "without `role_arn`"),
+        ({"external_id": "x"}, "needs `role_arn`"),
         ({"role_arn": ROLE, "anon": True}, "`anon`"),
         ({"profile": "other", "anon": True}, "`anon`"),
     ],
@@ -175,7 +175,7 @@ def test_an_unknown_profile_is_told(seen: Seen) -> None:
 
 
 def test_a_new_role_in_the_environment_is_a_new_client(seen: Seen, monkeypatch: pytest.MonkeyPatch) -> None:
-    from pipeline.storage.s3_client import _client_key
+    from img2parquet.storage.s3_client import _client_key
 
     before = _client_key(S3Options())
     monkeypatch.setenv("AWS_ROLE_ARN", ROLE)

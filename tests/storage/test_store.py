@@ -19,8 +19,8 @@ import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline.errors import AlreadyExists, InputError, NotFound, StorageError
-from pipeline.storage import Entry, Store, join
+from img2parquet.errors import AlreadyExists, InputError, NotFound, StorageError
+from img2parquet.storage import Entry, Store, join
 from tests.storage.clouds import azure, connection_string, google
 
 DATA = bytes(range(256)) * 40
@@ -262,7 +262,7 @@ from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from multiprocessing import get_context
 
-from pipeline.storage import Store
+from img2parquet.storage import Store
 
 store, uri = Store(), sys.argv[1]
 data = store.read(uri)  # so that its client is there, and its thread runs, before the fork

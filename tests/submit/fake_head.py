@@ -1,4 +1,4 @@
-"""A head that only says what it is told to: the questions `img2parquet submit` asks before it submits."""
+"""Serve canned answers to the requests that `img2parquet submit` makes before it submits."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import Any
 def fake_head(
     ray: str = "2.60.0", python: str = "3.11.7", resources: Mapping[str, float] | None = None, **more: Any
 ) -> Iterator[str]:
-    """Its address. more: path -> (status, body), `asked` -> a list that gets each request."""
+    """Yield the address. `more` maps paths to (status, body); the list `asked` receives each request."""
     node = {"raylet": {"state": "ALIVE", "resourcesTotal": resources if resources is not None else {"CPU": 4.0}}}
     answers = {
         "/api/version": {"version": "4", "ray_version": ray, "ray_commit": "x", "session_name": "s"},

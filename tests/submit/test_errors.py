@@ -1,4 +1,4 @@
-"""What is wrong is said before anything is sent: in the job, with the address, with the cluster."""
+"""Problems of the job, the address or the cluster are reported before anything is sent."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import yaml
 
-from pipeline.cli import main
-from tests.small import job_dict
+from img2parquet.cli import main
 from tests.submit.fake_head import fake_head
+from tests.support.small_job import job_dict
 
 
 def job_file(folder: Path, **more: Any) -> str:
@@ -22,7 +22,7 @@ def job_file(folder: Path, **more: Any) -> str:
 
 
 def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
-    """What a refusal says: one error, perhaps a hint, on stderr alone."""
+    """Return what a refusal prints: one error and perhaps a hint, on stderr only."""
     assert main(["submit", *arguments]) == 2
     out, said = capsys.readouterr()
     assert out == "" and said.count("error: ") == 1 and "Traceback" not in said
@@ -36,7 +36,7 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
         ("output.uri=out/here", "output.uri: `/"),
         ("input.uris.0=/data/*.tar", "input.uris[0]: `/data/*.tar` is a path of this machine"),
         ("models.0.model=./checkpoint", "models[0].model: `./checkpoint` is a path"),
-        ("output.uri=memory://out", "lives in one process"),
+        ("output.uri=memory://out", "exists in one process only"),
         ("input.uris.0=https://u:hush@host/a.tar", "input.uris[0]: https://host/a.tar holds a login"),
         ("input.uris.0=https://host/a.tar?X-Amz-Signature=hush", "holds a login or a signature"),
     ],
@@ -53,28 +53,28 @@ def test_a_job_that_cannot_work_there_is_not_submitted(
 @pytest.mark.parametrize(
     ("address", "said"),
     [
-        ("ray://head:10001", "not a Jobs API"),
-        ("ftp://head", "not a Jobs API"),
-        ("http://", "not a Jobs API"),
+        ("ray://head:10001", "not the address of a Jobs API"),
+        ("ftp://head", "not the address of a Jobs API"),
+        ("http://", "not the address of a Jobs API"),
         ("", "no cluster is named"),
     ],
 )
-def test_addresses_that_are_none(
+def test_addresses_that_cannot_be_a_jobs_api_are_refused(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, address: str, said: str
 ) -> None:
     monkeypatch.delenv("RAY_API_SERVER_ADDRESS", raising=False)
     assert said in refused(capsys, job_file(tmp_path), "--address", address)
 
 
-def test_nobody_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_address_where_nobody_listens(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with socket.socket() as taken:  # bound, but nobody listens
         taken.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{taken.getsockname()[1]}"
         said = refused(capsys, job_file(tmp_path), "--address", address)
-    assert f"http://{address} does not answer" in said and "port-forward" in said
+    assert f"http://{address} does not respond" in said and "port-forward" in said
 
 
-def test_somebody_else_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_address_of_another_server(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for answer in ((200, "<html>hello</html>"), (404, "no")):
         with fake_head(**{"/api/version": answer}) as address:
             assert "not as a Ray head" in refused(capsys, job_file(tmp_path), "--address", address)
@@ -86,10 +86,10 @@ def test_somebody_else_there(tmp_path: Path, capsys: pytest.CaptureFixture[str])
         ({"python": "3.9.19"}, {}, "the cluster runs Python 3.9.19, and img2parquet needs 3.11"),
         ({"ray": "2.31.0"}, {}, "the cluster runs Ray 2.31.0"),
         ({"ray": "3.1.0"}, {}, "the cluster runs Ray 3.1.0"),
-        ({}, {"device": "cuda"}, "the job demands a GPU (`resources.device: cuda`), and no node"),
+        ({}, {"device": "cuda"}, "the job requires a GPU (`resources.device: cuda`), and no node"),
     ],
 )
-def test_a_cluster_that_cannot_do_it(
+def test_a_cluster_that_cannot_run_the_job(
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
     cluster: dict[str, Any],
@@ -102,8 +102,8 @@ def test_a_cluster_that_cannot_do_it(
     assert said in words and not any(request.startswith(("PUT", "POST")) for request in asked)
 
 
-def test_a_cluster_may_still_add_the_gpu_that_is_asked_for(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Checked as far as the upload, which this head does not take."""
+def test_a_cluster_may_still_add_the_requested_gpu(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The checks pass as far as the upload, which this head refuses."""
     asked: list[str] = []
     job = job_file(tmp_path, resources={"device": "cuda", "gpus_per_worker": 1})
     with fake_head(asked=asked) as address:
@@ -113,9 +113,9 @@ def test_a_cluster_may_still_add_the_gpu_that_is_asked_for(tmp_path: Path, capsy
     assert [request for request in asked if request.startswith("PUT /api/packages/gcs/")]
 
 
-def test_a_gpu_that_is_there_is_enough(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_existing_gpu_is_enough(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     job = job_file(tmp_path, resources={"device": "cuda"})
     with fake_head(resources={"CPU": 8.0, "GPU": 2.0}) as address:
-        assert main(["submit", job, "--address", address]) == 2  # it does not take the upload
+        assert main(["submit", job, "--address", address]) == 2  # it refuses the upload
     said = capsys.readouterr().err
     assert "now 8 CPUs and 2 GPUs" in said and "note" not in said

@@ -1,0 +1,1 @@
+"""Programs that exercise the product at length; short versions of them run as tests."""
