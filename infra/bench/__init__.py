@@ -1,1 +1,1 @@
-"""Side-by-side speed of this program and of what people use instead: `python -m infra.bench`, or `make bench`."""
+"""Compare the speed of this program with alternatives: `python -m infra.bench`, or `make bench`."""

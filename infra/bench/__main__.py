@@ -1,12 +1,11 @@
-"""Speed of models, decoding and whole jobs beside what people use instead -> tables on stdout, and a file for each.
+"""Compare models, decoding and whole jobs with alternatives; print tables and write a file for each.
 
     python -m infra.bench [SUITE ...] [--quick] [--threads 2] [--rounds 5] [--only bit-50 ...] [--out FOLDER]
 
-Without a name, all; results of `--only` have pages of their own. `--quick` is for looking whether it works: one round,
-small batches, results to out/bench.
-`python -m infra.bench gpu --help` tells of the suite for one GPU, and `simulate --help` of what a job of 1e9 images
-asks of its driver: these two are not among all.
-Exit status 1 where a contestant does not give what the reference gives; a floor that is not reached is printed.
+Without a name, all suites run; results of `--only` have pages of their own. `--quick` checks that a suite works: one
+round, small batches, results in out/bench. Two suites run only by name: `gpu` for one GPU, and `simulate` for the
+driver of a job of 1e9 images; both have a `--help`.
+Exits with 1 when a contestant's output differs from the reference; a floor that is not reached is printed.
 """
 
 from __future__ import annotations
@@ -34,9 +33,9 @@ QUICK_RESULTS = Path("out/bench")
 
 def main(arguments: list[str] | None = None) -> int:
     given = sys.argv[1:] if arguments is None else arguments
-    if given[:1] == ["gpu"]:  # for a machine that has one, with options of its own
+    if given[:1] == ["gpu"]:  # for a machine with a GPU, with options of its own
         return gpu.main(given[1:])
-    if given[:1] == ["simulate"]:  # of the driver alone: hours at its full size
+    if given[:1] == ["simulate"]:  # the driver alone: hours at full size
         return simulate.main(given[1:], RESULTS)
     options = _options(given)
     rules = Rules(rounds=1, round_s=0.0, quick=True) if options.quick else Rules(rounds=options.rounds)
@@ -44,7 +43,9 @@ def main(arguments: list[str] | None = None) -> int:
     good = True
     for name in options.suites or SUITES:
         report = SUITES[name](rules, options.threads, options.only)
-        report = replace(report, name="-".join([report.name, *options.only]))  # a page beside that of all subjects
+        report = replace(
+            report, name="-".join([report.name, *options.only])
+        )  # a separate page from that of all subjects
         print(report.markdown())
         print(f"written: {', '.join(map(str, report.write(folder)))}")
         good = good and report.agrees

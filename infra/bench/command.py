@@ -1,10 +1,10 @@
-"""A command -> its wall seconds, the CPU seconds of all that it started, and the share of the processors others had.
+"""Measure a command: wall seconds, CPU seconds of all its processes, and the share of the processors others used.
 
-`run` starts this file as a process of its own, which adopts what the command leaves behind (Linux: child subreaper):
-Ray's workers are not its children by the time they end. Some parents never ask what a child has used (raylet), and then
-the kernel tells nobody: so the whole tree is also looked at every `LOOK_S`.
+`run` starts this file as a separate process, which adopts what the command leaves behind (Linux: child subreaper):
+Ray's workers are no longer its children when they end. Some parents (raylet) never ask what a child has used, and then
+the kernel reports it to nobody: so the whole tree is also sampled every `LOOK_S`.
 
-Two sizes of one job tell start-up from the steady job: (N2 - N1) / (t2 - t1) images a second, whatever the tool.
+Two sizes of one job separate start-up from the steady state: (N2 - N1) / (t2 - t1) images per second, for any tool.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ import numpy as np
 from infra.bench.contest import PAUSE_S, Record, Rules, Turn, busy_s
 
 PR_SET_CHILD_SUBREAPER = 36
-LEFT_BEHIND_S = 15.0  # for what the command started to end by itself
+LEFT_BEHIND_S = 15.0  # time for the command's processes to end by themselves
 LOOK_S = 0.1
 PATIENCE = 3
 ROOT = Path(__file__).parents[2]
@@ -38,7 +38,7 @@ ROOT = Path(__file__).parents[2]
 
 @dataclass
 class Pair:
-    """One contestant's turns at both sizes; what is told is of their medians."""
+    """One contestant's turns at both sizes; results are computed from their medians."""
 
     images: tuple[int, int]
     small: Record = field(default_factory=lambda: Record(np.empty(0)))
@@ -50,7 +50,7 @@ class Pair:
 
     @property
     def images_per_s(self) -> float:
-        """Not a number where the large job was no longer than the small one: too few images to tell."""
+        """Compute images per second; NaN when the large job took no longer than the small one."""
         more_s = self.large.wall_s - self.small.wall_s
         return self._more / more_s if more_s > 0 else math.nan
 
@@ -67,13 +67,13 @@ class Pair:
         return self.images[1] - self.images[0]
 
 
-Take = Callable[[int], Turn]  # one turn with so many images
+Take = Callable[[int], Turn]  # one turn with this many images
 
 
 def take_turns(
     takes: Mapping[str, Take], pairs: Mapping[str, Pair], rules: Rules, rounds: int, pause_s: float = PAUSE_S
 ) -> None:
-    """Rounds until each of `takes` has `rounds` clean turns at both sizes, or was tried `PATIENCE` times as often."""
+    """Repeat until each of `takes` has `rounds` clean turns at both sizes, or has had `PATIENCE` times as many."""
     for _ in range(rounds * (1 if rules.quick else PATIENCE)):
         wanting = [name for name in takes if rules.quick or pairs[name].clean < rounds]
         for name in wanting:
@@ -85,7 +85,7 @@ def take_turns(
 
 
 def run(command: Sequence[str], log: Path, env: Mapping[str, str] | None = None, limit_s: float = 900) -> Turn:
-    """One turn. Raises SystemExit with the end of the command's log where it fails."""
+    """Run one turn. Raises SystemExit with the end of the command's log when it fails."""
     log.parent.mkdir(parents=True, exist_ok=True)
     watched = [sys.executable, "-m", "infra.bench.command", str(log), str(limit_s), *command]
     done = subprocess.run(watched, cwd=ROOT, env={**_clean_environment(), **(env or {})}, stdout=subprocess.PIPE)
@@ -96,12 +96,12 @@ def run(command: Sequence[str], log: Path, env: Mapping[str, str] | None = None,
 
 
 def _clean_environment() -> dict[str, str]:
-    """Without thread counts: a user who runs the command has none set."""
+    """Return the environment without thread counts: a user who runs the command has none set."""
     return {name: value for name, value in os.environ.items() if name not in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}
 
 
 def main(log: str, limit_s: str, *command: str) -> int:
-    """The watching process: prints the turn as JSON, exits as the command did."""
+    """Watch a command: print its turn as JSON, and exit with its code."""
     ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
     busy_before_s, started_s = busy_s(), time.perf_counter()
     tree = _Tree()
@@ -123,11 +123,11 @@ def main(log: str, limit_s: str, *command: str) -> int:
 
 
 class _Tree(threading.Thread):
-    """What each process below this one had used when it was last seen."""
+    """Track what each process below this one had used when it was last seen."""
 
     def __init__(self) -> None:
         super().__init__(daemon=True)
-        self.used_s: dict[tuple[int, str], float] = {}  # by process id and when it began: ids come again
+        self.used_s: dict[tuple[int, str], float] = {}  # by process id and start time: ids are reused
 
     @property
     def cpu_s(self) -> float:
@@ -154,11 +154,11 @@ class _Process(NamedTuple):
 
 
 def _process(folder: Path) -> tuple[int, _Process] | None:
-    """One of /proc's entries; None where it is no process, or no more."""
+    """Read an entry of /proc; None if it is not, or no longer, a process."""
     if not folder.name.isdigit():
         return None
     try:
-        fields = (folder / "stat").read_text().rpartition(")")[2].split()  # the name before it may hold anything
+        fields = (folder / "stat").read_text().rpartition(")")[2].split()  # the name before it may contain anything
     except OSError:
         return None
     ticks = int(fields[11]) + int(fields[12])
@@ -166,7 +166,7 @@ def _process(folder: Path) -> tuple[int, _Process] | None:
 
 
 def _reap() -> None:
-    """Wait for adopted processes; end those that stay."""
+    """Wait for adopted processes, and end those that remain."""
     give_up_s = time.monotonic() + LEFT_BEHIND_S
     with suppress(ChildProcessError):
         while True:

@@ -1,9 +1,9 @@
-"""Contestants that take turns, each in a process of its own -> their outputs, and seconds of each turn.
+"""Let contestants take turns, each in a process of its own; return their outputs and the seconds of each turn.
 
-* A process each, because allocator settings and thread pools are a process's own; all live as long as the contest, and
-  all but one sleep.
-* A turn is as many calls as fill `round_s`, so that clocks of 10 ms do not matter. First one call to warm up (its
-  output is what is compared), then one to see how long it takes; neither is counted.
+* Each has a process, because allocator settings and thread pools belong to a process; all live as long as the contest,
+  and all but one sleep.
+* A turn is as many calls as fill `round_s`, so that clocks of 10 ms do not matter. The first call warms up (its output
+  is compared), the second finds how long a call takes; neither is counted.
 * A turn during which other processes (or the host) took more than `FOREIGN_LIMIT` of the processors is not counted
   either. The contest goes on until each contestant has its `rounds`, or has tried `PATIENCE` times as often.
 """
@@ -27,15 +27,15 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-FOREIGN_LIMIT = 0.08  # of all processors
+FOREIGN_LIMIT = 0.08  # share of all processors
 PATIENCE = 6
-PAUSE_S = 5.0  # after a round that was disturbed: who waits has fewer turns to throw away
+PAUSE_S = 5.0  # after a disturbed round: waiting discards fewer turns
 HOW = (
     "each contestant is a process of its own, and they take turns; a turn in which others had more than "
     f"{FOREIGN_LIMIT:.0%} of the processors is not counted (`turns`: counted of all)"
 )
 Array = npt.NDArray[Any]
-Call = Callable[[], Array]  # one batch; what it gives is compared
+Call = Callable[[], Array]  # one batch; its output is compared
 Prepare = Callable[[], Call]  # run once, in the contestant's process
 
 
@@ -48,7 +48,7 @@ class Rules:
 
 @dataclass(frozen=True)
 class Turn:
-    """Seconds of one call, and the share of the processors that others had meanwhile."""
+    """Seconds of one call, and the share of the processors that others used meanwhile."""
 
     wall_s: float
     cpu_s: float
@@ -77,12 +77,12 @@ class Record:
         return statistics.median(turn.cpu_s for turn in self._counted())
 
     def _counted(self) -> list[Turn]:
-        """The clean turns; all of them where none was, which `clean` tells."""
+        """Return the clean turns, or all turns when none was clean (see `clean`)."""
         return [turn for turn in self.turns if turn.clean] or self.turns
 
 
 def compete(contestants: Mapping[str, Prepare], rules: Rules) -> dict[str, Record]:
-    """Each contestant's output and turns. Raises SystemExit where one of them fails; its traceback is on stderr."""
+    """Return each contestant's output and turns. Raises SystemExit when one fails; its traceback is on stderr."""
     with workers(contestants) as started:
         records = {name: Record(received(name, connection)) for name, connection in started.items()}
         calls = {}
@@ -99,7 +99,7 @@ def compete(contestants: Mapping[str, Prepare], rules: Rules) -> dict[str, Recor
 
 
 def progress(subject: str, records: Mapping[str, Record]) -> None:
-    """One line on stderr, since a whole suite takes minutes."""
+    """Print one line to stderr, since a whole suite takes minutes."""
     said = [f"{name} {record.wall_s * 1e3:.0f} ms ({record.clean} clean turns)" for name, record in records.items()]
     print(f"{subject}: {'; '.join(said)}", file=sys.stderr, flush=True)
 
@@ -119,14 +119,14 @@ def received(name: str, connection: Connection) -> Any:
 
 @contextmanager
 def workers(contestants: Mapping[str, Prepare]) -> Iterator[dict[str, Connection]]:
-    """A started process for each contestant, with the connection to it."""
+    """Start a process for each contestant, with a connection to it."""
     context, processes, connections = multiprocessing.get_context("spawn"), [], {}
     try:
         for name, prepare in contestants.items():
             connections[name], theirs = context.Pipe()
             processes.append(context.Process(target=_work, args=(theirs, prepare), daemon=True))
             processes[-1].start()
-            theirs.close()  # or the end of the process would not be seen
+            theirs.close()  # otherwise the end of the process would go unnoticed
         yield connections
     finally:
         for connection in connections.values():
@@ -137,7 +137,7 @@ def workers(contestants: Mapping[str, Prepare]) -> Iterator[dict[str, Connection
 
 
 def _work(connection: Connection, prepare: Prepare) -> None:
-    """Warm up and show the output, then take turns until the other end closes."""
+    """Warm up and send the output, then take turns until the other end closes."""
     call = prepare()
     try:
         connection.send(np.array(call()))
@@ -157,13 +157,13 @@ def _timed(call: Call, calls: int) -> Turn:
 
 
 def _cpu_s() -> float:
-    """What this process has used, with what the kernel did for it (page faults)."""
+    """Return this process's CPU seconds, including the kernel's work for it (page faults)."""
     usage = resource.getrusage(resource.RUSAGE_SELF)
     return usage.ru_utime + usage.ru_stime
 
 
 def busy_s() -> float:
-    """What all processors have done since boot, with what the host took from them; 0 where that is not told."""
+    """Return the busy seconds of all processors since boot, including time stolen by the host; 0 if unknown."""
     try:
         first = Path("/proc/stat").read_text().splitlines()[0].split()
     except OSError:

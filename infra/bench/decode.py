@@ -1,8 +1,8 @@
-"""JPEG bytes to the uint8 crop that LeViT takes (short side 256, centre 224), `exact` and `fast`, beside Pillow,
-transformers, and OpenCV and torchvision where they are installed; images per second of one core.
+"""Compare decoding JPEGs to LeViT's uint8 crop (short side 256, centre 224), `exact` and `fast`, with Pillow,
+transformers and, where installed, OpenCV and torchvision, in images per second of one core.
 
-* transformers' processor gives normalised float32, which is what its users feed; the others stop at uint8.
-* Images per second and ratios are of CPU seconds: each contestant has one thread, and a core is what is paid for.
+* transformers' processor returns normalised float32, which its users feed to a model; the others stop at uint8.
+* Images per second and ratios use CPU seconds: each contestant has one thread, and cores are what users pay for.
 * How far `fast` moves embeddings of trained models is measured too (infra/bench/drift.py).
 """
 
@@ -47,7 +47,7 @@ COLUMNS = (
 
 
 def report(rules: Rules, threads: int, only: Sequence[str], sets: Sequence[ImageSet] = SETS) -> Report:
-    """`threads` is not read: decoding is measured per core."""
+    """Write the report. `threads` is ignored: decoding is measured per core."""
     load_at_start, rows, bars, agrees, seen = machine.load(), list[Sequence[str]](), list[Bar](), True, list[str]()
     for images in sets:
         if only and images.name not in only:
@@ -76,10 +76,10 @@ def report(rules: Rules, threads: int, only: Sequence[str], sets: Sequence[Image
 
 
 def prepare(name: str, files: Sequence[bytes]) -> Call:
-    """Runs in the contestant's own process."""
+    """Prepare a contestant, in its own process."""
     one = next(one for one in CONTESTANTS if one.name == name)
     if one.allocator:
-        from pipeline.allocator import keep_freed_memory
+        from img2parquet.inference.allocator import keep_freed_memory
 
         keep_freed_memory()
     return one.make(files)
@@ -111,7 +111,7 @@ def _transformers(files: Sequence[bytes]) -> Call:
 
 
 def _torchvision(files: Sequence[bytes]) -> Call:
-    """transformers' default where torchvision is installed."""
+    """Return transformers' default processor when torchvision is installed."""
     import torch
     from transformers import LevitImageProcessor
 
@@ -146,10 +146,10 @@ def _opencv(files: Sequence[bytes], filter_name: str) -> Call:
 def _ours(files: Sequence[bytes], mode: Literal["exact", "fast"]) -> Call:
     import torch
 
-    from pipeline.decode import decode
-    from pipeline.preprocess import Preprocessor, read_settings
-    from pipeline.schema import Bad
-    from pipeline.shrink import shrink_for
+    from img2parquet.images.decode import decode
+    from img2parquet.images.jpeg_scaling import shrink_for
+    from img2parquet.images.preprocess import Preprocessor, read_settings
+    from img2parquet.schema import Rejection
 
     torch.set_num_threads(1)
     cropper = Preprocessor(read_settings(None, "LevitImageProcessor"))
@@ -157,7 +157,7 @@ def _ours(files: Sequence[bytes], mode: Literal["exact", "fast"]) -> Call:
 
     def crop(file: bytes, out: Array) -> None:
         pixels = decode(file, shrink=shrink)
-        assert not isinstance(pixels, Bad), pixels
+        assert not isinstance(pixels, Rejection), pixels
         cropper(pixels, out)
 
     def call() -> Array:
@@ -171,7 +171,7 @@ def _ours(files: Sequence[bytes], mode: Literal["exact", "fast"]) -> Call:
 
 @dataclass(frozen=True)
 class Contestant:
-    """One way from files to crops; `tolerance` is how far from Pillow's it may be, in levels."""
+    """One way from files to crops; `tolerance` is its largest allowed difference from Pillow, in levels."""
 
     name: str
     make: Callable[[Sequence[bytes]], Call]
@@ -185,7 +185,7 @@ class Contestant:
         return find_spec(self.needs) is not None
 
 
-ROUNDING = 2  # torch's resize rounds in another order than Pillow's
+ROUNDING = 2  # torch's resize rounds in a different order from Pillow's
 ANY = float("inf")
 MEMORY = "our allocator settings"
 _EXACT, _FAST = partial(_ours, mode="exact"), partial(_ours, mode="fast")
@@ -245,7 +245,7 @@ def _mode(name: str) -> str:
 
 
 def differs(measured: Mapping[str, Record], one: Contestant) -> Array:
-    """Differences from Pillow, in levels."""
+    """Compute differences from Pillow, in levels."""
     reference_BHWC, crops_BHWC = measured[PILLOW].output.astype(np.float32), measured[one.name].output
     if one.normalises:
         mean, std = np.array([0.485, 0.456, 0.406]), np.array([0.229, 0.224, 0.225])

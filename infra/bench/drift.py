@@ -1,9 +1,9 @@
-"""How far `preprocess: fast` moves pixels, and the results of two small trained models, from those of `exact`; beside
-what is not offered, and what bfloat16 does to the same pixels.
+"""Measure how far `preprocess: fast` and `pil` move pixels and the results of two small trained models from those of
+`exact`, compared with alternatives that are not offered and with the effect of bfloat16 on the same pixels.
 
 * The demo's photographs, from regions held out of training, as sensors of 440 to 1740 rows would see them: short sides
-  evenly spread in the logarithm, so that JPEGs are decoded at 1/2 and 1/4 with just enough and with much to spare.
-* Centred cosine: of embeddings less the mean of the exact ones; the plain cosine flatters.
+  spread evenly on a logarithmic scale, so that JPEGs are decoded at 1/2 and 1/4 with little and with much to spare.
+* The cosine is centred: computed after subtracting the exact embeddings' mean, since the plain cosine flatters.
 """
 
 from __future__ import annotations
@@ -18,25 +18,25 @@ import numpy as np
 import simplejpeg
 from PIL import Image
 
+from img2parquet.images.decode import decode
+from img2parquet.images.jpeg_scaling import SPARE, shrink_for
+from img2parquet.images.preprocess import Preprocessor, PreprocessSettings
+from img2parquet.models import load_model
+from img2parquet.models.model import Model
+from img2parquet.schema import Pixels, Rejection
 from infra.bench.contest import Array
 from infra.bench.jpegs import photographed
 from infra.demo.photos import PHOTOS, Photo, held_out_box
-from pipeline.decode import decode
-from pipeline.models import load_model
-from pipeline.models.model import Model
-from pipeline.preprocess import Preprocessor, PreprocessSettings
-from pipeline.schema import Bad, Pixels
-from pipeline.shrink import SPARE, shrink_for
 
 CROPS = 256
-MOST_LEVELS = 12  # of 255: what `fast` may move any one value by
+MOST_LEVELS = 12  # of 255: the most `fast` may move any one value
 CHECKPOINTS = Path(__file__).parents[1] / "demo" / "checkpoints"
 SHORT_SIDES, ASPECTS = (440, 1740), (1.0, 1.5)
 
 
 @dataclass(frozen=True)
 class Drift:
-    """One way's distance from the exact one, for one model."""
+    """The distance of one way from the exact one, for one model."""
 
     model: str
     way: str
@@ -51,7 +51,7 @@ class Drift:
 
 @dataclass(frozen=True)
 class Seen:
-    """What a model made of one way's crops."""
+    """A model's results for one way's crops."""
 
     crops_BHWC: Array
     embeddings_BD: Array
@@ -59,13 +59,13 @@ class Seen:
 
 
 def measure(count: int = CROPS) -> list[Drift]:
-    """Every way for both models."""
+    """Measure every way with both models."""
     files, labels_B = photographs(count)
     return [drift for model in MODELS for drift in _of_model(model, files, labels_B)]
 
 
 def photographs(count: int, seed: int = 5) -> tuple[list[bytes], Array]:
-    """JPEG files, and the number of the photo that each is of."""
+    """Make JPEG files, with the number of the photo that each shows."""
     random = np.random.default_rng(seed)
     chosen = [int(index) for index in random.integers(len(PHOTOS), size=count)]
     return [_photograph(PHOTOS[index], random) for index in chosen], np.array(chosen)
@@ -88,36 +88,37 @@ def _photograph(photo: Photo, random: np.random.Generator) -> bytes:
 
 # --- ways ------------------------------------------------------------------------------------------------------------
 
-Way = Callable[[bytes, PreprocessSettings], "Pixels | Bad"]
-EXACT, FAST, BFLOAT16 = "exact", "fast", "exact, bfloat16"
+Way = Callable[[bytes, PreprocessSettings], "Pixels | Rejection"]
+EXACT, FAST, PIL, BFLOAT16 = "exact", "fast", "pil", "exact, bfloat16"
 
 
-def _exact(file: bytes, settings: PreprocessSettings) -> Pixels | Bad:
+def _exact(file: bytes, settings: PreprocessSettings) -> Pixels | Rejection:
     return decode(file)
 
 
-def _fast(file: bytes, settings: PreprocessSettings) -> Pixels | Bad:
+def _fast(file: bytes, settings: PreprocessSettings) -> Pixels | Rejection:
     return decode(file, shrink=partial(shrink_for, [settings]))
 
 
-def _twice_as_small(file: bytes, settings: PreprocessSettings) -> Pixels | Bad:
+def _twice_as_small(file: bytes, settings: PreprocessSettings) -> Pixels | Rejection:
     return decode(file, shrink=lambda source_HW: 2 * shrink_for([settings], source_HW))
 
 
-def _eighths(file: bytes, settings: PreprocessSettings) -> Pixels | Bad:
-    """The least size that libjpeg can give and that leaves as much as `fast` does; a last row counts as whole."""
+def _eighths(file: bytes, settings: PreprocessSettings) -> Pixels | Rejection:
+    """Find libjpeg's smallest size that leaves as much as `fast` does; a partial last row counts as whole."""
     width, height = Image.open(io.BytesIO(file)).size
     least = SPARE * max(settings.resize_height, settings.resize_width)
     smaller = simplejpeg.decode_jpeg(file, "RGB", min_height=least, min_width=least)
     return Pixels(smaller, (), 1, (height, width))
 
 
-def _fastdct(file: bytes, settings: PreprocessSettings) -> Pixels | Bad:
+def _fastdct(file: bytes, settings: PreprocessSettings) -> Pixels | Rejection:
     return Pixels(simplejpeg.decode_jpeg(file, "RGB", fastdct=True, fastupsample=True))
 
 
 WAYS: Mapping[str, Way] = {
     FAST: _fast,
+    PIL: _exact,
     "not offered: twice as small": _twice_as_small,
     "not offered: N/8 as simplejpeg gives it": _eighths,
     "not offered: fastdct": _fastdct,
@@ -128,11 +129,15 @@ MODELS = {"levit-photos": "logits", "beit-textures": "segmentation"}  # and wher
 
 
 def _of_model(name: str, files: Sequence[bytes], labels_B: Array) -> list[Drift]:
-    model, in_bfloat16 = (load_model(str(CHECKPOINTS / name), dtype=dtype) for dtype in ("float32", "bfloat16"))
+    model = load_model(str(CHECKPOINTS / name))
+    others = {
+        BFLOAT16: load_model(str(CHECKPOINTS / name), dtype="bfloat16"),
+        PIL: load_model(str(CHECKPOINTS / name), preprocess="pil"),
+    }
     reference = _see(model, files, _exact)
     drifts = [_drift(name, EXACT, reference, reference, labels_B)]
     for way, pixels_of in WAYS.items():
-        seen = _see(in_bfloat16 if way == BFLOAT16 else model, files, pixels_of)
+        seen = _see(others.get(way, model), files, pixels_of)
         drifts.append(_drift(name, way, seen, reference, labels_B))
     return drifts
 
@@ -142,8 +147,8 @@ def _see(model: Model, files: Sequence[bytes], way: Way) -> Seen:
     cropper, crops = Preprocessor(settings), []
     for file in files:
         pixels = way(file, settings)
-        crop = pixels if isinstance(pixels, Bad) else cropper(pixels)
-        assert not isinstance(crop, Bad), crop
+        crop = pixels if isinstance(pixels, Rejection) else cropper(pixels)
+        assert not isinstance(crop, Rejection), crop
         crops.append(crop)
     crops_BHWC = np.stack(crops)
     features = model.forward_pixels(crops_BHWC, frozenset({EMBEDDING, feature}))
@@ -180,7 +185,7 @@ COLUMNS = ("model, way", "largest", "mean", "colour shift", "centred cosine", "l
 
 def markdown(drifts: Sequence[Drift]) -> str:
     head = [
-        "## What `preprocess: fast` changes",
+        "## What `preprocess: fast` and `pil` change",
         "Differences from `exact` in levels of 255, of embeddings, and of the best class (levit-photos: of the image, "
         "with its accuracy on these held-out regions; beit-textures: of each pixel of its map).",
         "| " + " | ".join(COLUMNS) + " |\n| --- |" + " ---: |" * (len(COLUMNS) - 1),

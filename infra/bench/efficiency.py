@@ -1,10 +1,10 @@
-"""What a whole job reaches of what the cores can do: images a second over cores / (decode + forward + encode seconds).
+"""Compare a job's images per second with the cores' ideal: cores / (decode + forward + encode seconds).
 
-* The stages are the workers' own steps on one batch, each measured alone, with one thread, in a process of its own, by
+* The stages are the workers' own steps on one batch, each measured alone, with one thread, in a process of its own, in
   turns with the others: decoding and cropping, the model and its outputs, a part's Parquet file.
-* That ideal takes each core for a machine of its own. `all cores at once` is the same with every core in one stage:
-  they share clock, cache and memory: what is left of the ideal before anything is lost to moving work around.
-* The job is timed from outside as one command, at two sizes, so that start-up is not in it.
+* That ideal treats each core as a machine of its own. `all cores at once` repeats it with every core in the same stage:
+  they share clock, cache and memory, so this is what is left of the ideal before moving work around costs anything.
+* The job is timed from outside as one command, at two sizes, so that start-up is excluded.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ COLUMNS = (
 
 @dataclass
 class Measured:
-    """One model: each stage alone and on all cores at once, and the job by runner."""
+    """One model: each stage alone and on all cores at once, and the whole job by runner."""
 
     subject: Subject
     dtype: str
@@ -65,7 +65,7 @@ class Measured:
 
     @property
     def ideal(self) -> float:
-        """Images a second of all cores."""
+        """Compute the ideal images per second of all cores."""
         return cores() / sum(self.alone.values())
 
     @property
@@ -74,7 +74,7 @@ class Measured:
 
 
 def report(rules: Rules, threads: int, only: Sequence[str], subjects: Sequence[Subject] = SUBJECTS) -> Report:
-    """`threads` is not read: a worker has one, and there is one for each core."""
+    """Write the report. `threads` is ignored: there is one worker with one thread for each core."""
     del threads
     load_at_start = machine.load()
     measured = [measure(subject, rules) for subject in subjects if not only or subject.name in only]
@@ -111,7 +111,7 @@ def measure(subject: Subject, rules: Rules) -> Measured:
 
 
 def _stages(one: Measured) -> str:
-    """A line for the page: milliseconds of an image in each stage."""
+    """Format a line for the page: milliseconds per image in each stage."""
     said = ", ".join(f"{stage} {one.alone[stage] * 1e3:.2f} ({one.at_once[stage] * 1e3:.2f})" for stage in STAGES)
     return f"{one.subject.name}, {one.dtype}: ms of one image alone (on all cores at once): {said}"
 
@@ -136,7 +136,7 @@ def table(one: Measured) -> list[Sequence[str]]:
 
 
 def bars_of(one: Measured) -> list[Bar]:
-    """A speed that is not known has not reached its floor."""
+    """Make the bars; an unknown speed has not reached its floor."""
     return [
         Bar(f"{one.subject.name}, {runner}", float(np.nan_to_num(pair.images_per_s / one.ideal)), FLOORS[runner])
         for runner, pair in one.jobs.items()

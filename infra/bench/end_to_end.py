@@ -1,9 +1,9 @@
-"""Tars of JPEGs to Parquet files of keys and embeddings: our command beside Ray Data, Daft and a torch DataLoader.
+"""Compare whole jobs, from tars to Parquet embeddings, with Ray Data, Daft and a torch DataLoader.
 
 * Same images, same checkpoint, same two columns (ours has more), same cores; each runs as one command, as users run it.
 * Each peer has the fastest of a few documented settings, found by measuring and kept in out/bench/calibration.json.
-* Speed is of the steady job: the images that a job three times as long has more, over the seconds it takes longer.
-* All are measured once; then ours and the peers that are near the best one go on in turns.
+* Speed excludes start-up: the additional images of a job three times as long, divided by its additional seconds.
+* All are measured once; then ours and the peers close to the best one continue in turns.
 """
 
 from __future__ import annotations
@@ -28,16 +28,16 @@ from infra.bench.report import Bar, Report
 from infra.bench.stages import resolved_dtype
 
 OURS = {"ours, local": "local", "ours, ray": "ray"}
-CONTENDS = 0.85  # of the best peer's speed in the first round: who is slower is measured once
+CONTENDS = 0.85  # of the best peer's speed in the first round: slower peers are measured once
 # Daft's own JPEG decoder is further from libjpeg than a resize is: BiT-50 over 576 images 0.9820, where 0.9997 when
 # Daft's job decodes with Pillow instead
 OWN_DECODER_COSINE = 0.98
-LEAST_COSINE = {"float32": 0.999, "bfloat16": 0.9}  # bfloat16 loses more than a resize that rounds in another order
+LEAST_COSINE = {"float32": 0.999, "bfloat16": 0.9}  # bfloat16 loses more than a resize that rounds in a different order
 
 
 @dataclass(frozen=True)
 class Subject:
-    """A model; how many shards the two sizes of its job have; the least that ours must be ahead of the best peer."""
+    """A model, the shards of its two job sizes, and the least factor by which ours must beat the best peer."""
 
     model: models.Subject
     shards: Mapping[str, tuple[int, int]]  # by dtype
@@ -96,7 +96,7 @@ class Cell:
         return name in OURS or self.pairs[name].images_per_s >= CONTENDS * self.best_peer()
 
     def best_peer(self) -> float:
-        """Images a second; not a number where there is no peer."""
+        """Return the best peer's images per second; NaN without a peer."""
         return _most(pair for name, pair in self.pairs.items() if name not in OURS)
 
     def best_of_ours(self) -> float:
@@ -104,7 +104,7 @@ class Cell:
 
 
 def report(rules: Rules, threads: int, only: Sequence[str], subjects: Sequence[Subject] = SUBJECTS) -> Report:
-    """`threads` is not read: every tool gets all cores."""
+    """Write the report. `threads` is ignored: every tool gets all cores."""
     del threads
     load_at_start, interpreter, cells, chosen = machine.load(), _interpreter(rules), list[Cell](), list[str]()
     for subject in subjects:
@@ -135,7 +135,7 @@ def report(rules: Rules, threads: int, only: Sequence[str], subjects: Sequence[S
 
 
 def _interpreter(rules: Rules) -> Path | None:
-    """The peers' own; a quick run does not install it."""
+    """Return the peers' interpreter; a quick run does not install it."""
     folder = WORK / "peers-venv"
     return None if rules.quick and not peers.is_installed(folder) else peers.python(folder)
 
@@ -175,7 +175,7 @@ class Contest:
         return cell
 
     def _compared(self, dtype: str, images: int) -> dict[str, float]:
-        """Of the last turn of each, which was the large one."""
+        """Compare the outputs of the last turn of each, which was the large one."""
         reference = self._job("reference", "float32", images)
         reference.ours("local")
         wanted = vectors(reference.out)
@@ -203,7 +203,7 @@ class Contest:
 
 
 def progress(cell: Cell) -> None:
-    """One line on stderr, since the whole suite takes a while."""
+    """Print one line to stderr, since the whole suite takes a while."""
     said = [f"{name} {pair.images_per_s:.1f}/s ({pair.clean} clean)" for name, pair in cell.pairs.items()]
     print(f"{cell.title}: {'; '.join(said)}", file=sys.stderr, flush=True)
 
@@ -250,4 +250,6 @@ def bars_of(cell: Cell, cells: Sequence[Cell], auto: str) -> list[Bar]:
     if cell.dtype == auto != "float32":
         title = f"{cell.subject.name}, auto x float32"
         bars.append(Bar(title, ours / _rival_in_float32(cell, cells), cell.subject.auto_floor))
-    return [replace(bar, ratio=float(np.nan_to_num(bar.ratio))) for bar in bars]  # unknown is not reached
+    return [
+        replace(bar, ratio=float(np.nan_to_num(bar.ratio))) for bar in bars
+    ]  # an unknown speed has not reached its floor

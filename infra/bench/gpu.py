@@ -1,8 +1,8 @@
-"""How well one GPU is kept busy: the model alone, fed from memory, fed from shards -> images/s, and what NVML says.
+"""Measure how well one GPU is kept busy: the model alone, fed from memory, fed from shards; with NVML's utilisation.
 
     python -m infra.bench gpu [--device cuda] [--seconds 10] [--only levit-128S ...] [--out FOLDER]     make bench-gpu
 
-    model only    uint8 crops that lie on the device already, batch after batch, as a CUDA graph where that pays
+    model only    uint8 crops already on the device, batch after batch, as a CUDA graph where that is faster
     decoding      JPEG bytes in memory -> uint8 crops, by all workers, without a model
     memory        JPEG bytes in memory -> crops -> columns of the result, by the local runner's own threads
     processes     the same, decoded by processes: what Ray does, without its object store
@@ -41,18 +41,18 @@ from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
+from img2parquet.batch import Batch, Embedded, Failed, Prepared, Work, split_into_batches
+from img2parquet.job import JobSpec, parse_job
+from img2parquet.read import PartLimits
+from img2parquet.schema import Part, Piece, Reject, Row
 from infra.bench import machine
 from infra.bench.jpegs import ImageSet, describe, generate
 from infra.bench.report import Bar, Report
-from pipeline.batch import Batch, Embedded, Failed, Prepared, Work, cut
-from pipeline.job import JobSpec, parse_job
-from pipeline.read import PartLimits
-from pipeline.schema import Part, Piece, Reject, Row
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from pipeline.models.model import Model
+    from img2parquet.models.model import Model
 
 FLOOR = 0.9
 TOLERANCE = 0.15  # of the largest value, from float32 on the CPU: bfloat16 moves a random BiT by a tenth
@@ -103,7 +103,7 @@ class Measured:
     difference: float  # largest, from float32 on the CPU, relative to the largest value
 
     def share(self, way: str, *of: str) -> float:
-        """Of the slowest of some other ways."""
+        """Compute the share of the slowest of some other ways."""
         return self.rates[way].images_per_s / min(self.rates[other].images_per_s for other in of)
 
 
@@ -145,12 +145,12 @@ def report(settings: Settings, subjects: Sequence[Subject] = SUBJECTS) -> Report
 
 
 def measure(subject: Subject, settings: Settings, files: Sequence[bytes]) -> Measured:
-    """Every way with the batch size that trying finds."""
-    from pipeline.batch_size import auto_batch_size
-    from pipeline.models import read_card
+    """Measure every way with the batch size found by trying."""
+    from img2parquet.inference.batch_size import auto_batch_size
+    from img2parquet.models import ModelSpec, read_card
 
     job = job_of(subject, settings, InMemory(tuple(files)))
-    cards = {subject.name: read_card(subject.repo, weights=WEIGHTS)}
+    cards = {subject.name: read_card(ModelSpec(subject.repo, weights=WEIGHTS))}
     batch_size = auto_batch_size(job, cards, settings.dtype, settings.device)
     work = Work(job, cards, settings.dtype, settings.device, batch_size, threads=1)
     rates = {
@@ -168,15 +168,15 @@ def measure(subject: Subject, settings: Settings, files: Sequence[bytes]) -> Mea
 
 
 def model_only(work: Work, settings: Settings) -> Rate:
-    """Launched in groups, so that neither the wait at their end nor the look at the clock costs anything."""
-    from pipeline.device import open_device
-    from pipeline.graphs import AFTER, Graphs
+    """Run the model alone, in groups of batches, so that synchronising and reading the clock cost nothing."""
+    from img2parquet.inference.cuda_graphs import TRY_AFTER, CudaGraphs
+    from img2parquet.inference.device import open_device
 
     api = open_device(settings.device).api
     model, pixels, wants = loaded(work, settings.dtype, settings.device, work.batch_size)
-    forward = partial(Graphs(api, work.batch_size), model) if api else model.forward_pixels
+    forward = partial(CudaGraphs(api, work.batch_size), model) if api else model.forward_pixels
     wait = api.synchronize if api else lambda: None
-    for _ in range(AFTER + 1 if api else 1):
+    for _ in range(TRY_AFTER + 1 if api else 1):
         forward(pixels, wants)
     wait()
     started, count, group = time.perf_counter(), 0, 1
@@ -190,22 +190,22 @@ def model_only(work: Work, settings: Settings) -> Rate:
 
 
 def decoding(work: Work, settings: Settings) -> Rate:
-    from pipeline.embed import Preparer
+    from img2parquet.inference.steps import Preparer
 
     with ThreadPoolExecutor(settings.workers) as pool:
         return counted(ahead(pool, Preparer(work), batches(work), settings.workers), settings)
 
 
 def from_memory(work: Work, settings: Settings) -> Rate:
-    from pipeline import local
+    from img2parquet.runners.local import local_results
 
-    return counted(local.stream([EVERYTHING], work), settings)
+    return counted(local_results([EVERYTHING], work), settings)
 
 
 def from_processes(work: Work, settings: Settings) -> Rate:
-    """Processes decode, threads hold the device's lanes."""
-    from pipeline.device import LANES
-    from pipeline.embed import Embedder
+    """Decode in processes, with threads to feed the device."""
+    from img2parquet.inference.device import LANES
+    from img2parquet.inference.steps import Embedder
 
     embed, bare = Embedder(work), replace(work, job=work.job.model_copy(update={"input": InMemory(())}))
     decoders = ProcessPoolExecutor(settings.workers, get_context("spawn"), initializer=_start, initargs=(bare,))
@@ -215,20 +215,20 @@ def from_processes(work: Work, settings: Settings) -> Rate:
 
 
 def from_shards(subject: Subject, settings: Settings, files: Sequence[bytes], batch_size: int, images: int) -> Rate:
-    """A whole job of about so many images; its rate is from its first result on."""
-    import pipeline
+    """Run a whole job of about this many images; its rate is counted from its first result."""
+    import img2parquet
 
     with tempfile.TemporaryDirectory() as folder:
         write_shards(Path(folder), files, 2 * batch_size, images)
         source = {"kind": "webdataset", "uris": [f"{folder}/*.tar"], "shards_per_part": 1}
         job = job_of(subject, settings, source, f"{folder}/out", batch_size)
         with utilisation(settings.device) as busy:
-            summary = pipeline.run(job, runner="local")
+            summary = img2parquet.run(job, runner="local")
             return Rate(summary.images_per_s, busy())
 
 
 def difference(work: Work, settings: Settings, images: int = 2) -> float:
-    """Largest, from float32 on the CPU, relative to the largest value; infinite where something is not finite."""
+    """Compute the largest difference from float32 on the CPU, relative to the largest value; infinite if not finite."""
     import torch
 
     (model, pixels, wants), (reference, same, _) = (
@@ -247,7 +247,7 @@ EVERYTHING = Part(0, (Piece("memory", 0, ""),))
 
 @dataclass(frozen=True)
 class InMemory:
-    """A source without end: the same files again and again under new keys."""
+    """Yield the same files endlessly under new keys."""
 
     files: tuple[bytes, ...]
     kind: str = "memory"
@@ -281,27 +281,27 @@ def job_of(
 
 
 def loaded(work: Work, dtype: str, device: str, images: int) -> tuple[Model, Tensor, frozenset[str]]:
-    """The model, some random crops on its device, and what the job wants of it."""
+    """Load the model and some random crops on its device; return these and the wanted features."""
     import torch
 
-    from pipeline.models import load_model
+    from img2parquet.models import load_model
 
     (wanted,) = work.job.models
     model = load_model(wanted.model, weights=WEIGHTS, dtype=dtype, device=device)
     torch.set_num_threads(work.threads)
-    shape, random = (images, *model.card.preprocess.size_HW, 3), torch.Generator().manual_seed(0)
+    shape, random = (images, *model.card.preprocess.shape_HWC), torch.Generator().manual_seed(0)
     pixels = torch.randint(0, 256, shape, dtype=torch.uint8, generator=random).to(model.device)
     return model, pixels, frozenset[str]().union(*(output.wants(model.card) for output in wanted.outputs))
 
 
 def batches(work: Work) -> Iterator[Batch]:
-    for batch in cut(work.job.input, EVERYTHING, work.batch_size):
+    for batch in split_into_batches(work.job.input, EVERYTHING, work.batch_size):
         assert isinstance(batch, Batch), batch
         yield batch
 
 
 def ahead(pool: Executor, call: Callable[[Any], Any], items: Iterable[Any], workers: int) -> Iterator[Any]:
-    """Results in order, two calls ahead for each worker."""
+    """Yield results in order, two calls ahead for each worker."""
     waiting: deque[Future[Any]] = deque()
     for item in items:
         waiting.append(pool.submit(call, item))
@@ -310,7 +310,7 @@ def ahead(pool: Executor, call: Callable[[Any], Any], items: Iterable[Any], work
 
 
 def counted(results: Iterator[Any], settings: Settings) -> Rate:
-    """Images per second, from when every worker has given something."""
+    """Count images per second from the time every worker has delivered something."""
     for result in islice(results, settings.workers):
         assert not isinstance(result, Failed), result
     started, images = time.perf_counter(), 0
@@ -323,8 +323,8 @@ def counted(results: Iterator[Any], settings: Settings) -> Rate:
 
 
 def _start(work: Work) -> None:
-    from pipeline.allocator import keep_freed_memory
-    from pipeline.embed import Preparer
+    from img2parquet.inference.allocator import keep_freed_memory
+    from img2parquet.inference.steps import Preparer
 
     global _prepare_here
     keep_freed_memory()
@@ -339,7 +339,7 @@ def _prepare(batch: Batch) -> Prepared:
 
 
 def write_shards(folder: Path, files: Sequence[bytes], per_shard: int, images: int) -> None:
-    """One tar of `per_shard` images, under as many names as make so many images."""
+    """Write one tar of `per_shard` images, under as many names as needed for this many images."""
     first = folder / "00000.tar"
     with tarfile.open(first, "w") as tar:
         for number, file in enumerate(islice(cycle(files), per_shard)):
@@ -352,7 +352,7 @@ def write_shards(folder: Path, files: Sequence[bytes], per_shard: int, images: i
 
 @contextmanager
 def utilisation(device: str) -> Iterator[Callable[[], float | None]]:
-    """What NVML says meanwhile; None without a GPU or without its Python package."""
+    """Sample NVML's utilisation meanwhile; None without a GPU or without its Python package."""
     seen, stop = list[int](), threading.Event()
 
     def look() -> None:

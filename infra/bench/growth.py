@@ -1,10 +1,10 @@
-"""How a job's costs grow: with its images (a small model, tiny images), and with its parts (empty ones).
+"""Measure how a job's costs grow with its images (small model, tiny images) and with its parts (empty ones).
 
-* Each number is of one process of its own, as a user starts it, measured from outside: its CPU time and its largest
-  memory are what the kernel says when it has ended, for the driver alone.
-* An image's cost is that of the images beyond the next smaller job's: start-up drops out.
-* A resumed job is one that was killed 100 parts before its end. Its end reads the footer of each part that another
-  session committed, once; beginning does not.
+* Each number comes from a separate process, as a user starts it, measured from outside: CPU time and peak memory as
+  the kernel reports them at its end, for the driver alone.
+* The cost of an image is computed from the images beyond the next smaller job's, so that start-up drops out.
+* A resumed job was killed 100 parts before its end. Finalizing reads the footer of each part that another session
+  committed, once; starting does not.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class Sizes:
     images: Mapping[str, Sequence[int]]  # by runner
     per_shard: int
     parts: Sequence[int]
-    left: int  # parts that a resumed job has to do
+    left: int  # parts that a resumed job has to process
     turns: int  # of each local job but the largest
 
 
@@ -53,7 +53,7 @@ QUICK = Sizes({"local": (40, 80, 160), "ray": (40,)}, 20, (10, 20, 40), 3, 1)
 
 @dataclass(frozen=True)
 class Taken:
-    """One command: what the kernel says of its process, when it first told of its parts, and what it printed."""
+    """One command: the kernel's numbers for its process, when it first reported its parts, and what it printed."""
 
     wall_s: float
     cpu_s: float  # since it told of its parts
@@ -101,8 +101,7 @@ IMAGE_COLUMNS = (
 
 
 def measure_images(folder: Path, model: Path, sizes: Sizes) -> dict[str, dict[int, Taken]]:
-    """The turns of the smaller jobs lie before and after the largest, so that a machine that others use more and more
-    does not look like growth."""
+    """Measure the smaller jobs before and after the largest, so that rising load does not look like growth."""
     taken: dict[str, dict[int, Taken]] = {}
     for runner, counts in sizes.images.items():
         turns: dict[int, list[Taken]] = {count: [] for count in counts}
@@ -118,14 +117,14 @@ def measure_images(folder: Path, model: Path, sizes: Sizes) -> dict[str, dict[in
 
 
 def schedule(counts: Sequence[int], turns: int) -> list[int]:
-    """All smaller sizes `turns` times, the largest once, in the middle."""
+    """Order the turns: all smaller sizes `turns` times, the largest once, in the middle."""
     *smaller, largest = sorted(counts)
     before = (turns + 1) // 2
     return smaller * before + [largest] + smaller * (turns - before)
 
 
 def median(turns: Sequence[Taken]) -> Taken:
-    """The turn of the median wall time, with the median CPU time: short jobs are noisy."""
+    """Return the turn of median wall time, with the median CPU time: short jobs are noisy."""
     middle = sorted(turns, key=lambda turn: turn.wall_s)[len(turns) // 2]
     return replace(middle, cpu_s=statistics.median(turn.cpu_s for turn in turns))
 
@@ -147,8 +146,8 @@ def image_rows(runner: str, taken: Mapping[int, Taken]) -> list[list[str]]:
 
 
 def cost_ms(taken: Mapping[int, Taken]) -> dict[int, float]:
-    """CPU milliseconds of one of the images that a job has more than the next smaller one; at least `LEAST_MS`, since
-    jobs of a second or two may tell none at all."""
+    """Compute CPU milliseconds per image beyond the next smaller job's; at least `LEAST_MS`, since jobs of a second or
+    two may show no difference."""
     return {
         more: max(LEAST_MS, (taken[more].cpu_s - taken[less].cpu_s) / (more - less) * 1e3)
         for less, more in pairwise(sorted(taken))
@@ -177,7 +176,7 @@ PARTS_ABOUT = (
 
 
 def measure_parts(folder: Path, model: Path, sizes: Sizes) -> dict[int, dict[str, Taken]]:
-    """Each command at each size, `plan` before anything is committed."""
+    """Measure each command at each size, `plan` before anything is committed."""
     taken: dict[int, dict[str, Taken]] = {}
     for count in sizes.parts:
         shards, output = folder / f"empty-{count}", folder / f"parts-{count}"
@@ -222,8 +221,8 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def take(*arguments: object) -> Taken:
-    """Run `img2parquet ARGUMENTS`. Raises SystemExit with its last words where it fails."""
-    command = [sys.executable, "-m", "pipeline.cli", *map(str, arguments)]
+    """Run `img2parquet ARGUMENTS`. Raises SystemExit with its last output when it fails."""
+    command = [sys.executable, "-m", "img2parquet.cli", *map(str, arguments)]
     with tempfile.TemporaryFile("w+") as said:
         started_s = time.perf_counter()
         process = subprocess.Popen(command, cwd=ROOT, stdout=said, stderr=subprocess.PIPE, text=True)
@@ -239,18 +238,18 @@ def take(*arguments: object) -> Taken:
 
 
 def _watch(process: subprocess.Popen[str], started_s: float) -> tuple[float, float, str]:
-    """Wall and CPU seconds until it first told of its parts (0 where it never does), and its last words."""
+    """Return wall and CPU seconds until it first reported its parts (0 if never), and its last output."""
     wall_s, cpu_s, words = 0.0, 0.0, list[str]()
     assert process.stderr is not None
     for line in process.stderr:
         words = [*words[-25:], line]
-        if line.startswith("parts ") and not wall_s:
+        if " parts " in line and not wall_s:
             wall_s, cpu_s = time.perf_counter() - started_s, _cpu_s(process.pid)
     return wall_s, cpu_s, "".join(words)
 
 
 def _driver(pid: int) -> int:
-    """Of a local job, whose command is a small supervisor, the process below it that works: its fork."""
+    """Find the working process of a local job: the fork below its small supervisor."""
     command = Path(f"/proc/{pid}/cmdline").read_bytes()
     for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split():
         with suppress(OSError):
@@ -265,7 +264,7 @@ def _cpu_s(pid: int) -> float:
 
 
 class _Memory:
-    """Looks at a process's largest memory until it ends. Not `ru_maxrss`: that begins with ours, when it is forked."""
+    """Sample a process's peak memory until it ends. `ru_maxrss` would start from ours when it is forked."""
 
     def __init__(self, pid: int) -> None:
         self.pid, self.peak_kb = pid, 0

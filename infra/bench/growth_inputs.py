@@ -1,4 +1,4 @@
-"""What the suite `growth` works on: tars of tiny JPEGs, tars without a member, and outputs where most is committed."""
+"""Make the inputs of the suite `growth`: tars of tiny JPEGs, empty tars, and mostly committed outputs."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ import numpy as np
 import yaml
 from PIL import Image
 
-from pipeline.batch import Embedded
-from pipeline.commit import Output
-from pipeline.embed import result_schema
-from pipeline.job import JobSpec, load_job
-from pipeline.plan import identities, make_plan
-from pipeline.probe import probe
-from pipeline.write import encode_part
+from img2parquet.batch import Embedded
+from img2parquet.dataset.commit import Output
+from img2parquet.dataset.part_file import encode_part
+from img2parquet.dataset.plan import identities, make_plan
+from img2parquet.inference.capabilities import probe_capabilities
+from img2parquet.inference.steps import result_schema
+from img2parquet.job import JobSpec, load_job
 
 SIDE = 64  # pixels: of the images, and of what the model sees
 EMPTY_TAR = bytes(1024)
 
 
 def make_images(folder: Path, images: int, per_shard: int) -> None:
-    """Tars of `per_shard` JPEGs of about 1 kB. All hold the same: what lies in an image does not matter here."""
+    """Make tars of `per_shard` JPEGs of about 1 kB, all with the same content, which does not matter here."""
     folder.mkdir(parents=True)
     shard = _shard(min(images, per_shard))
     for number in range(-(-images // per_shard)):
@@ -37,20 +37,21 @@ def make_images(folder: Path, images: int, per_shard: int) -> None:
 
 
 def make_empty(folder: Path, shards: int) -> None:
+    """Make empty tars, and a last one with an image: a job whose input gives no row at all is refused."""
     folder.mkdir(parents=True)
     for number in range(shards):
-        (folder / f"{number:06d}.tar").write_bytes(EMPTY_TAR)
+        (folder / f"{number:06d}.tar").write_bytes(EMPTY_TAR if number < shards - 1 else _shard(1))
 
 
 def make_model(folder: Path) -> Path:
-    """A LeViT of three blocks for `SIDE` pixels, with seeded weights."""
-    from tests.small import make_checkpoint
+    """Make a LeViT of three blocks for `SIDE` pixels, with seeded weights."""
+    from tests.support.small_job import make_checkpoint
 
     return make_checkpoint(folder)
 
 
 def write_job(path: Path, model: Path, shards: Path, output: Path) -> Path:
-    """A job of one part for each tar."""
+    """Write a job with one part for each tar."""
     document: Mapping[str, Any] = {
         "input": {"kind": "webdataset", "uris": [f"{shards}/*.tar"], "shards_per_part": 1},
         "models": [{"model": str(model), "outputs": [{"kind": "embedding"}]}],
@@ -63,9 +64,9 @@ def write_job(path: Path, model: Path, shards: Path, output: Path) -> Path:
 
 
 def commit_all_but(job_file: Path, left: int) -> None:
-    """The output of a job of empty tars as a driver leaves it that was killed `left` parts before the end."""
+    """Make the output of a job over empty tars whose driver was killed `left` parts before the end."""
     job = load_job(job_file)
-    probed = probe(job)
+    probed = probe_capabilities(job)
     output = Output.at(job.output.uri)
     ids = identities(job, probed.cards, probed.dtype)
     plan, digest = output.begin(ids, lambda: make_plan(job, probed.cards, probed.dtype))
@@ -78,11 +79,11 @@ def commit_all_but(job_file: Path, left: int) -> None:
 
 
 def _commit(job: JobSpec, indices: range) -> None:
-    """These parts' files, byte for byte as the driver makes them, without the disk's word that they are safe."""
+    """Write these parts' files, byte for byte as the driver does, but without syncing the disk."""
     output, model = Output.at(job.output.uri), job.models[0]
     plan = output.stored_plan()
     assert plan is not None
-    empty = result_schema(job, model, probe(job).cards[model.name]).empty_table()
+    empty = result_schema(job, model, probe_capabilities(job).cards[model.name]).empty_table()
     for part in (plan.parts[index] for index in indices):
         nothing = Embedded(part.index, 0, {model.name: empty}, {model.name: ()}, rows_in=0)
         encoded = encode_part(part, model.name, plan.identity(model.name), [nothing], plan.identities[model.name])

@@ -1,4 +1,4 @@
-"""WebDataset tars of generated ImageNet-like JPEGs, made once; every tool reads the same files.
+"""Make webdataset tars of ImageNet-like JPEGs, once; every tool reads the same files.
 
 The first `DISTINCT` images repeat under new keys, since making one takes ten times as long as reading it and no tool
 keeps pixels. Members are `<shard>-<number>.jpg`, so a key names one image of the whole set.
@@ -20,7 +20,7 @@ DISTINCT = 512
 
 
 def shards(count: int, folder: Path, distinct: int = DISTINCT) -> list[Path]:
-    """The first `count` tars, in order; those that are missing are made."""
+    """Return the first `count` tars, in order, making those that are missing."""
     folder.mkdir(parents=True, exist_ok=True)
     paths = [folder / f"{index:04d}.tar" for index in range(count)]
     missing = [index for index, path in enumerate(paths) if not path.exists()]
@@ -32,7 +32,7 @@ def shards(count: int, folder: Path, distinct: int = DISTINCT) -> list[Path]:
 
 
 def _write(path: Path, index: int, files: Sequence[bytes]) -> None:
-    """Complete or not there: an interrupted run leaves no short tar."""
+    """Write a tar atomically: an interrupted run leaves no short one."""
     unfinished = path.with_suffix(f".{os.getpid()}")
     with tarfile.open(unfinished, "w") as tar:
         for number in range(PER_SHARD):

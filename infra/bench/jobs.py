@@ -1,4 +1,4 @@
-"""One job, images to Parquet embeddings, as each tool is told to do it; and what it wrote."""
+"""Describe one job, from images to Parquet embeddings, to each tool, and read what it wrote."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ BRANCH_SCALE = 0.1
 
 @dataclass(frozen=True)
 class Job:
-    """`out` is emptied before each run, so that nothing is found done."""
+    """A job; `out` is emptied before each run, so that there is nothing to resume."""
 
     files: Sequence[Path]
     checkpoint: Path
@@ -37,14 +37,14 @@ class Job:
     out: Path
 
     def ours(self, runner: str) -> Turn:
-        """As `img2parquet run JOB --runner RUNNER`."""
+        """Return the command `img2parquet run JOB --runner RUNNER`."""
         self._clear()
         file = self.out.with_suffix(".yaml")
         file.write_text(json.dumps(self.spec()))
-        return run([sys.executable, "-m", "pipeline.cli", "run", str(file), "--runner", runner], self._log())
+        return run([sys.executable, "-m", "img2parquet.cli", "run", str(file), "--runner", runner], self._log())
 
     def spec(self) -> dict[str, object]:
-        """What the job file says."""
+        """Return the job file's content."""
         return {
             "input": {"kind": "webdataset", "uris": self._uris()},
             "models": [{"model": str(self.checkpoint), "outputs": [{"kind": "embedding"}]}],
@@ -75,7 +75,7 @@ class Job:
 
 
 def checkpoint(model: models.Subject) -> Path:
-    """A folder with seeded weights and the published preprocessing at the model's size; made once."""
+    """Make, once, a checkpoint with seeded weights and the published preprocessing at the model's size."""
     recipe = hashlib.sha256(repr((model, WEAK_BRANCHES, BRANCH_SCALE)).encode()).hexdigest()[:8]
     folder = WORK / "checkpoints" / f"{model.name}-{recipe}"
     settings = folder / "preprocessor_config.json"
@@ -97,7 +97,7 @@ def _weaken_branches(file: Path, norms: str | None) -> None:
 
 
 def _preprocessor(model: models.Subject) -> dict[str, object]:
-    from pipeline.models import published
+    from img2parquet.models import published
 
     (entry,) = (entry for _, entry in published() if entry.repo == model.repo)
     if entry.image_size == model.size:
@@ -108,7 +108,7 @@ def _preprocessor(model: models.Subject) -> dict[str, object]:
 
 
 def calibrated(peer: Peer, subject: str, take: Callable[[Settings], Turn]) -> Settings:
-    """The fastest of a peer's settings for a subject, whole command; measured once and kept."""
+    """Find a peer's fastest settings for a subject by whole commands; measured once and kept."""
     key = f"{subject}, {peer.name}, {machine.cpu()}, {hashlib.sha256(repr(peer).encode()).hexdigest()[:8]}"
     known = json.loads(CALIBRATION.read_text()) if CALIBRATION.exists() else {}
     if key not in known:
@@ -121,7 +121,7 @@ def calibrated(peer: Peer, subject: str, take: Callable[[Settings], Turn]) -> Se
 
 
 def vectors(folder: Path) -> dict[str, Array]:
-    """Key -> embedding of every result file below a folder. Raises ValueError where a key is there twice."""
+    """Read the embedding of each key below a folder. Raises ValueError when a key occurs twice."""
     files = sorted(path for path in folder.rglob("*.parquet") if not path.name.startswith("_"))
     found: dict[str, Array] = {}
     rows = 0
@@ -137,8 +137,8 @@ def vectors(folder: Path) -> dict[str, Array]:
 
 
 def least_cosine(mine: dict[str, Array], reference: dict[str, Array]) -> float:
-    """The least over images, both without their means over all images: random weights give every image nearly the same
-    vector. 0 where the keys are not the same."""
+    """Compute the least cosine over all images, after subtracting both means: random weights give every image nearly
+    the same vector. Returns 0 when the keys differ."""
     if mine.keys() != reference.keys():
         return 0.0
     keys = sorted(reference)

@@ -1,5 +1,6 @@
-"""Sets of images -> JPEG files: crops of the photographs that the demo uses, in random sizes and encodings, with the
-grain of a sensor. The same seed gives the same files."""
+"""Make sets of JPEG files: crops of the demo's photographs in random sizes and encodings, with a sensor's grain.
+
+The same seed gives the same files."""
 
 from __future__ import annotations
 
@@ -16,7 +17,7 @@ from infra.bench.contest import Array
 
 @dataclass(frozen=True)
 class ImageSet:
-    """Images to generate, and the least that one contestant must be ahead of another on them."""
+    """Images to generate, and the least factor by which one contestant must beat another on them."""
 
     name: str
     count: int
@@ -31,7 +32,7 @@ SUBSAMPLING = ("4:2:0", "4:4:4", "4:2:2")
 
 
 def generate(images: ImageSet, count: int, seed: int = 0) -> list[bytes]:
-    """JPEG files: a few grey or progressive, most with halved colour, as photographs on the web are."""
+    """Make JPEG files: a few grey or progressive, most with halved colour, like photographs on the web."""
     from infra.demo.photos import PHOTOS
 
     random, photos = np.random.default_rng(seed), [photo.pixels() for photo in PHOTOS]
@@ -51,14 +52,14 @@ def _one(images: ImageSet, photo: Array, random: np.random.Generator) -> bytes:
 
 
 def photographed(scene: Image.Image, size: tuple[int, int], grain: float, random: np.random.Generator) -> Image.Image:
-    """A scene as a sensor of that width and height sees it: in other light, with the sensor's noise."""
+    """Render a scene as a sensor of that width and height sees it: in different light, with the sensor's noise."""
     source = scene.resize(size, Image.Resampling.LANCZOS)
     grain_HWC = random.normal(0, grain, (size[1], size[0], 3))
     return Image.fromarray((np.asarray(source) * random.uniform(0.8, 1.1) + grain_HWC).clip(0, 255).astype(np.uint8))
 
 
 def _crop(photo: Image.Image, aspect: float, random: np.random.Generator) -> Image.Image:
-    """A random part of that shape, half to all of what fits."""
+    """Cut a random part of that shape, half to all of what fits."""
     width = min(photo.width, photo.height * aspect) * random.uniform(0.5, 1)
     left, top = random.uniform(0, photo.width - width), random.uniform(0, photo.height - width / aspect)
     return photo.crop((round(left), round(top), round(left + width), round(top + width / aspect)))

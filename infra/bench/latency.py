@@ -1,8 +1,8 @@
-"""Reading from a store that answers late, beside a local disk: `python -m infra.bench.latency [--quick] [--out FOLDER]`
+"""Compare a store with latency to a local disk: `python -m infra.bench.latency [--quick] [--out FOLDER]`
 
 Two questions, for tars and for Parquet, in interleaved rounds of one run: how fast the reader alone hands on images,
-with one request at a time ("plain") and as it is; and what share of its local speed a whole job keeps. The server is
-`static_s3.py` on the same machine: the CPU that it takes, a job's workers lack; who reads from a real store pays none.
+with one request at a time ("plain") and as it is; and what share of its local speed a whole job keeps. The server,
+`static_s3.py`, runs on the same machine and takes CPU from the job's workers, which a real store would not.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from unittest import mock
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from img2parquet.job import parse_job
+from img2parquet.read import PartLimits, Source, read_part
+from img2parquet.schema import Part, Row
 from infra.bench import machine
 from infra.bench.images import shards
 from infra.bench.report import Bar, Report
 from infra.bench.static_s3 import BUCKET, serving
-from pipeline.job import parse_job
-from pipeline.read import PartLimits, Source, read_part
-from pipeline.schema import Part, Row
 
 LATENCY_S = 0.020
 FLOOR = 0.9
@@ -72,8 +72,8 @@ def report(folder: Path, tars: int = TARS, rounds: int = ROUNDS) -> Report:
 
 
 def make_inputs(folder: Path, tars: int) -> int:
-    """Tars, and the same images as Parquet -> how many there are."""
-    from pipeline.read.webdataset import WebDataset
+    """Make tars, and the same images as Parquet; return how many there are."""
+    from img2parquet.read.webdataset import WebDataset
 
     shards(tars, folder / "tars")
     source = WebDataset(uris=(f"{folder}/tars/*.tar",))
@@ -91,7 +91,7 @@ def parts_of(source: Source) -> list[Part]:
 
 
 def places(folder: Path, endpoint: str) -> dict[str, dict[str, Any]]:
-    """`input:` of a job, by name."""
+    """Return the `input:` of a job, by name."""
     options = {"endpoint_url": endpoint}
     kinds = {"tars": ("webdataset", "*.tar", {}), "parquet": ("parquet", "*.parquet", {"key": "key"})}
     found: dict[str, dict[str, Any]] = {}
@@ -103,7 +103,7 @@ def places(folder: Path, endpoint: str) -> dict[str, dict[str, Any]]:
 
 
 def readers(folder: Path, endpoint: str) -> dict[str, Callable[[], float]]:
-    """Each gives the seconds in which every image was handed on."""
+    """Return the readers; each measures the seconds to hand on every image."""
     turns: dict[str, Callable[[], float]] = {}
     for name, place in places(folder, endpoint).items():
         source = parse_job(_document(place, Path("unused"))).input
@@ -127,17 +127,17 @@ def _plainly(source: Any) -> float:
 
 @contextmanager
 def one_at_a_time() -> Iterator[None]:
-    """Each request is sent when the one before it has been answered and used."""
+    """Send each request only when the one before it has been answered and used."""
     with (
-        mock.patch("pipeline.read.ahead.REQUESTS", 1),
-        mock.patch("pipeline.read.row_groups.announce", lambda *_: None),
+        mock.patch("img2parquet.read.prefetch.REQUESTS", 1),
+        mock.patch("img2parquet.read.row_groups.announce", lambda *_: None),
     ):
         yield
 
 
 def whole_jobs(folder: Path, endpoint: str) -> dict[str, Callable[[], float]]:
+    from img2parquet.engine.driver import run
     from infra.bench import jobs, models
-    from pipeline.driver import run
 
     levit = next(model for model in models.SUBJECTS if model.name == "levit-128S")
     weights = jobs.checkpoint(levit)
@@ -156,7 +156,7 @@ def _document(place: dict[str, Any], weights: Path, out: str = "unused") -> dict
 
 
 def in_turns(turns: Mapping[str, Callable[[], float]], rounds: int) -> dict[str, float]:
-    """The median seconds of each; a first round warms up and does not count."""
+    """Return the median seconds of each; a first round warms up and does not count."""
     seconds: dict[str, list[float]] = {name: [] for name in turns}
     for number in range(rounds + 1):
         for name, turn in turns.items():

@@ -1,4 +1,4 @@
-"""What a result was measured on and with."""
+"""Describe the hardware and versions of a measurement."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ MATRIX_FLAGS = ("amx_bf16", "amx_fp16", "amx_int8", "avx512_bf16", "avx512_vnni"
 
 
 def cpu() -> str:
-    """Name, cores, and the units that multiply matrices."""
+    """Return the processor's name, cores and matrix units."""
     model = _cpuinfo("model name") or platform.processor() or platform.machine()
     flags = set(_cpuinfo("flags").split())
     units = ", ".join(flag for flag in MATRIX_FLAGS if flag in flags)
@@ -20,7 +20,7 @@ def cpu() -> str:
 
 
 def multiplies_bfloat16() -> bool:
-    """Whether the processor has matrix units for it, which is where bfloat16 is what `dtype: auto` means."""
+    """Whether the processor has matrix units for bfloat16, so that `dtype: auto` chooses it."""
     return "amx_bf16" in _cpuinfo("flags").split()
 
 
@@ -29,7 +29,7 @@ def versions(packages: Iterable[str]) -> str:
 
 
 def load() -> str:
-    """Load average over the last minute."""
+    """Return the load average over the last minute."""
     return f"{os.getloadavg()[0]:.2f}"
 
 

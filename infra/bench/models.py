@@ -1,8 +1,8 @@
-"""Forward passes of each family beside transformers: same weights, same pixels, same threads; images per second.
+"""Compare each family's forward pass with transformers: same weights, pixels and threads; images per second.
 
-Both get normalised pixels in the dtype and memory layout that they are given in use, made before the clock starts:
-transformers what its processor returns, ours what `normalize_on_device` returns. Weights are seeded so that each number
-in them shows in the output (a batch norm whose statistics are 0 and 1 would not).
+Both get normalised pixels in the dtype and memory layout of normal use, made before the clock starts: transformers
+those of its processor, ours those of `normalize_on_device`. Weights are seeded so that each number in them affects the
+output (a batch norm with statistics 0 and 1 would not).
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class Contestant:
 
 @dataclass(frozen=True)
 class Subject:
-    """A published model, and the least that ours must be ahead of transformers float32, by dtype."""
+    """A published model, and the least factor by which ours must beat transformers float32, by dtype."""
 
     repo: str
     floors: Mapping[str, float]
@@ -51,7 +51,7 @@ CONTESTANTS = (
     Contestant("ours bfloat16", ours=True, dtype="bfloat16", keeps_memory=True),
 )
 BASELINE, TUNED = CONTESTANTS[0].name, CONTESTANTS[1].name
-SUBJECTS = (  # floors: what prototypes had reached before anything was built
+SUBJECTS = (  # floors: what prototypes had reached beforehand
     Subject("facebook/levit-128S", {"float32": 1.9, "bfloat16": 4.3}),
     Subject("facebook/levit-256", {"float32": 1.7, "bfloat16": 5.3}),
     Subject("google/bit-50", {"float32": 2.2, "bfloat16": 9.0}),
@@ -99,7 +99,7 @@ def report(rules: Rules, threads: int, only: Sequence[str], subjects: Sequence[S
 
 
 def measure(subject: Subject, rules: Rules, batch: int, threads: int) -> dict[str, Record]:
-    """Each contestant's record, by its name."""
+    """Measure each contestant; return its record by name."""
     with tempfile.TemporaryDirectory() as folder:
         save(subject, Path(folder))
         prepared = {
@@ -110,9 +110,9 @@ def measure(subject: Subject, rules: Rules, batch: int, threads: int) -> dict[st
 
 
 def prepare(one: Contestant, folder: str, size: int, batch: int, threads: int) -> Call:
-    """Runs in the contestant's own process."""
+    """Prepare a contestant, in its own process."""
     if one.keeps_memory:
-        from pipeline.allocator import keep_freed_memory
+        from img2parquet.inference.allocator import keep_freed_memory
 
         keep_freed_memory()
     import torch
@@ -127,7 +127,7 @@ def prepare(one: Contestant, folder: str, size: int, batch: int, threads: int) -
 def _ours(folder: str, dtype: str, x_BCHW: Any) -> Call:
     import torch
 
-    from pipeline.models import load_model
+    from img2parquet.models import load_model
 
     model = load_model(folder, dtype=dtype, image_size=x_BCHW.shape[-1])
     x_BCHW = x_BCHW.contiguous(memory_format=torch.channels_last)
@@ -154,10 +154,10 @@ def _array(tensor: Any) -> Array:
 
 
 def save(subject: Subject, folder: Path) -> None:
-    """A checkpoint as the hub has it."""
+    """Save a checkpoint in the hub's layout."""
     import transformers
 
-    from pipeline.models import published
+    from img2parquet.models import published
     from tests.models.oracle import saved
 
     (entry,) = (entry for _, entry in published() if entry.repo == subject.repo)
@@ -196,12 +196,12 @@ def bars_of(subject: Subject, measured: Mapping[str, Record]) -> list[Bar]:
 
 
 def asked(one: Contestant) -> bool:
-    """Whether there is a floor for it on this processor."""
+    """Whether this processor has a floor for the contestant."""
     return one.ours and (one.dtype == "float32" or machine.multiplies_bfloat16())
 
 
 def differs(measured: Mapping[str, Record], one: Contestant) -> float:
-    """Largest difference from transformers float32, relative to its largest value; not a number counts as infinite."""
+    """Compute the largest difference from transformers float32, relative to its largest value; NaN is infinite."""
     reference, output = measured[BASELINE].output, measured[one.name].output
     difference = float(np.abs(output - reference).max() / np.abs(reference).max())
     return difference if np.isfinite(difference) else float("inf")

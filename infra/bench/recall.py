@@ -1,7 +1,7 @@
-"""Recall that int8 and binary embeddings cost, on vectors of finished outputs: `python -m infra.bench.recall OUT#MODEL`
+"""Measure the recall of int8 and binary embeddings on finished outputs: `python -m infra.bench.recall OUT#MODEL`
 
-For every row its ten nearest by cosine of float32 (itself left out) against the ten found with the stored codes; binary
-also as a first stage, where the 40 nearest by bits are ranked again by float32. Shapes: N rows, D values.
+For every row, compare its ten nearest neighbours by float32 cosine (without itself) with the ten found by the stored
+codes; binary also as a first stage, where the 40 nearest by bits are ranked again by float32. Shapes: N rows, D values.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from pipeline import open_results
-from pipeline.outputs.embedding import int8_codes, sign_bits, unit_length
-from pipeline.vectors import decode_vectors
+from img2parquet import open_results
+from img2parquet.outputs.embedding import int8_codes, sign_bits, unit_length
+from img2parquet.outputs.vectors import decode_vectors
 
 Matrix = npt.NDArray[np.float32]
 K, CANDIDATES = 10, 40
@@ -39,7 +39,7 @@ def row(uri: str, model: str | None) -> str:
     shares = [
         recall(exact, nearest(steps_ND @ steps_ND.T, K)),
         recall(exact, nearest(by_bits, K)),
-        recall(exact, nearest(by_bits, CANDIDATES)),  # ranked again, these are found
+        recall(exact, nearest(by_bits, CANDIDATES)),  # neighbours found after ranking again
     ]
     name = pa.compute.unique(table["model"])[0].as_py()
     numbers = " | ".join(f"{share:.3f}" for share in shares)
@@ -47,7 +47,7 @@ def row(uri: str, model: str | None) -> str:
 
 
 def nearest(scores_NN: Matrix, k: int) -> npt.NDArray[np.int64]:
-    """(N, k) the best others of each row; of equal scores the earlier row."""
+    """Find the k nearest other rows of each row, (N, k); ties go to the earlier row."""
     np.fill_diagonal(scores_NN, -np.inf)
     return np.argsort(-scores_NN, axis=1, kind="stable")[:, :k]
 

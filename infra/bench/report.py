@@ -1,4 +1,4 @@
-"""One suite's result -> a Markdown page, and a picture of what was reached beside its floor."""
+"""Write one suite's result as a Markdown page, with a picture of what was reached and its floor."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 @dataclass(frozen=True)
 class Bar:
-    """A ratio, and the least that it has to be."""
+    """A ratio and its floor."""
 
     label: str
     ratio: float
@@ -30,11 +30,11 @@ class Report:
     columns: Sequence[str]
     rows: Sequence[Sequence[str]]
     bars: Sequence[Bar]
-    agrees: bool  # whether all gave what the reference gave
+    agrees: bool  # whether all outputs agree with the reference
     notes: Sequence[str] = ()
 
     def write(self, folder: Path) -> list[Path]:
-        """The page and the picture -> where they are."""
+        """Write the page and the picture; return their paths."""
         folder.mkdir(parents=True, exist_ok=True)
         page, picture = folder / f"{self.name}.md", folder / f"{self.name}.png"
         page.write_text(self.markdown())
@@ -61,7 +61,7 @@ INK, GREY, GOOD, BAD = "#222222", "#777777", "#3a7d5c", "#c05a3c"
 
 
 def draw(title: str, bars: Sequence[Bar], width: int = 860) -> Image.Image:
-    """A bar for each ratio, its floor as a line across it."""
+    """Draw a bar for each ratio, with its floor as a line across it."""
     image = Image.new("RGB", (width, TOP + ROW * len(bars) + 12), "white")
     pen, font = ImageDraw.Draw(image), ImageFont.load_default(size=13)
     pen.text((12, 10), title, fill=INK, font=ImageFont.load_default(size=17))

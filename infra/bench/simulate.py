@@ -1,11 +1,11 @@
-"""What a very large job asks of its driver, with reading and model stubbed: time, memory, and requests to storage.
+"""Measure a driver under a very large job, with reading and model stubbed: time, memory, and storage requests.
 
     python -m infra.bench simulate [--shards 1000 10000 100000] [--images 10000] [--left 100] [--out FOLDER]
 
-* All that a driver does is the real thing: listing and planning 1e5 shards, gathering, encoding and creating a part for
-  each, resuming, ending, asking for its status, verifying. Only what workers would send is made up: 1e4 rows a shard.
+* Everything a driver does is real: listing and planning 1e5 shards, collecting, encoding and committing a part for
+  each, resuming, finalizing, status, verifying. Only the workers' results are made up: 1e4 rows per shard.
 * Each step is a process of its own, so that its memory is its own. Storage is this machine's disk, with every request
-  counted as an object store would be asked: one LIST per 1,000 names, one GET for each whole or ranged read.
+  counted as for an object store: one LIST per 1,000 names, one GET for each whole or ranged read.
 """
 
 from __future__ import annotations
@@ -20,27 +20,28 @@ import tempfile
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, BinaryIO
 
 import pyarrow as pa
 
+from img2parquet.batch import Embedded, Work
+from img2parquet.dataset.commit import Output
+from img2parquet.dataset.plan import identities, make_plan
+from img2parquet.engine import driver
+from img2parquet.inference.capabilities import Capabilities, probe_capabilities
+from img2parquet.job import JobSpec, parse_job
+from img2parquet.results.reader import status
+from img2parquet.results.verify import verify
+from img2parquet.runners.base import Runner
+from img2parquet.runners.local import LocalRunner, LocalStream
+from img2parquet.schema import Part
+from img2parquet.storage import Entry, Store
+from img2parquet.storage.backend import Backend
 from infra.bench import machine
 from infra.bench.growth_inputs import make_model
 from infra.bench.report import Bar, Report
-from pipeline import driver
-from pipeline.batch import Embedded, Work
-from pipeline.commit import Output
-from pipeline.job import JobSpec, parse_job
-from pipeline.plan import identities, make_plan
-from pipeline.probe import Probe, probe
-from pipeline.results import status
-from pipeline.schema import Part
-from pipeline.storage import Entry, Store
-from pipeline.storage.entry import Backend
-from pipeline.verify import verify
 
 ROOT = Path(__file__).parents[2]
 FULL, QUICK = (1_000, 10_000, 100_000), (50, 100)
@@ -58,11 +59,11 @@ ABOUT_STEPS = (
 
 
 class Stopped(Exception):
-    """What ends `work` before its end, as a kill would."""
+    """Raised to stop `work` early, like a kill."""
 
 
 class Counted:
-    """A backend and what it was asked."""
+    """A backend that counts its requests."""
 
     def __init__(self, backend: Backend, asked: Counter[str]) -> None:
         self.backend, self.asked, self.lock = backend, asked, threading.Lock()
@@ -106,7 +107,7 @@ class Counted:
 
 
 def count_requests() -> Counter[str]:
-    """Of every store from here on."""
+    """Count the requests of every store from now on."""
     asked, real = Counter[str](), Store._backend
     Store._backend = lambda store, uri: Counted(real(store, uri), asked)  # type: ignore[method-assign]
     return asked
@@ -115,15 +116,15 @@ def count_requests() -> Counter[str]:
 # ---- the steps, each in a process of its own -----------------------------------------------------------------------
 
 
-def stub(probed: Probe, images: int, stop_after: int | None) -> SimpleNamespace:
-    """A runner whose workers have an answer for every part at once."""
+def stub(probed: Capabilities, images: int, stop_after: int | None) -> Runner:
+    """Return a runner whose workers have a result for every part at once."""
     keys = pa.array([f"{number:08d}" for number in range(images)])
     size = pa.array([256] * images, pa.int32())
     nothing = pa.nulls(images, pa.list_(pa.string()))
     columns = {"key": keys, "width": size, "height": size, "warnings": nothing.fill_null([])}
 
-    def stream(parts: Iterable[Part], work: Work) -> Iterator[Embedded]:
-        from pipeline.embed import result_schema
+    def results(parts: Iterable[Part], work: Work) -> Generator[Embedded]:
+        from img2parquet.inference.steps import result_schema
 
         model = work.job.models[0]
         schema = result_schema(work.job, model, work.cards[model.name])
@@ -135,9 +136,17 @@ def stub(probed: Probe, images: int, stop_after: int | None) -> SimpleNamespace:
             table = pa.table({name: (columns | constant | own)[name] for name in schema.names}, schema=schema)
             yield Embedded(part.index, 0, {model.name: table}, {model.name: ()}, rows_in=images)
 
-    return SimpleNamespace(
-        start=lambda job: probed, pools=lambda work: {"readers": 1, "workers": 1}, stream=stream, SHARES_PROCESS=True
-    )
+    class StubRunner(LocalRunner):
+        def start(self, job: JobSpec, address: str | None = None) -> Capabilities:
+            return probed
+
+        def pools(self, work: Work) -> dict[str, int]:
+            return {"readers": 1, "workers": 1}
+
+        def stream(self, parts: Iterable[Part], work: Work) -> LocalStream:
+            return LocalStream(results(parts, work))
+
+    return StubRunner()
 
 
 def _constant(kind: pa.DataType, rows: int) -> pa.Array:
@@ -158,7 +167,7 @@ def step(name: str, folder: Path, left: int) -> dict[str, Any]:
     }
 
 
-def _do(name: str, job: JobSpec, probed: Probe, images: int, shards: int, left: int) -> Any:
+def _do(name: str, job: JobSpec, probed: Capabilities, images: int, shards: int, left: int) -> Any:
     uri = job.output.uri
     if name == "plan":
         output, ids = Output.at(uri), identities(job, probed.cards, probed.dtype)
@@ -167,17 +176,17 @@ def _do(name: str, job: JobSpec, probed: Probe, images: int, shards: int, left: 
     if name == "status":
         return status(uri, read_footers=False).rows_in
     if name == "verify":
-        return verify(Output.at(uri))
+        return verify(uri)
     runner = stub(probed, images, shards - left if name == "work" else None)
-    driver.choose_runner = lambda _: runner  # type: ignore[assignment]
+    driver.choose_runner = lambda _: runner
     try:
-        return driver.run(job, "stub").rows_in
+        return driver.run(job, "local").rows_in
     except Stopped:
         return None
 
 
 def _peak_mb() -> float:
-    """Not `ru_maxrss`, which begins with the parent's."""
+    """Return the peak memory; `ru_maxrss` would start from the parent's."""
     told = Path("/proc/self/status").read_text().partition("VmHWM:")[2].split()
     return int(told[0]) / 1024
 
@@ -186,7 +195,7 @@ def _peak_mb() -> float:
 
 
 def measure(folder: Path, shards: int, images: int, left: int) -> dict[str, dict[str, Any]]:
-    """Each step's account, in their order. Raises SystemExit where one fails, or does not find all rows once."""
+    """Measure each step, in order. Raises SystemExit when one fails, or does not find every row exactly once."""
     inputs = folder / f"in-{shards}"
     inputs.mkdir(parents=True)
     for number in range(shards):
@@ -199,7 +208,7 @@ def measure(folder: Path, shards: int, images: int, left: int) -> dict[str, dict
         "resources": {"batch_size": images, "device": "cpu"},
     }
     job = parse_job(document)
-    (folder / "job.pickle").write_bytes(pickle.dumps((job, probe(job), images, shards)))
+    (folder / "job.pickle").write_bytes(pickle.dumps((job, probe_capabilities(job), images, shards)))
     taken = {}
     for name in STEPS:
         command = [sys.executable, "-m", "infra.bench.simulate", name, str(folder), str(left)]
@@ -230,12 +239,12 @@ def rows_of(shards: int, images: int, taken: Mapping[str, Mapping[str, Any]]) ->
 
 
 def cost(requests: Mapping[str, int]) -> float:
-    """Dollars."""
+    """Compute the cost in dollars."""
     return sum(PRICES[kind] * times for kind, times in requests.items()) / 1e6
 
 
 def limit(shards: int, images: int, left: int, work: Mapping[str, Any]) -> str:
-    """Where one driver is no longer enough."""
+    """Say where one driver is no longer enough."""
     done = shards - left
     each_s = work["cpu_s"] / done
     rate = images / each_s

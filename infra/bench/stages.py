@@ -1,4 +1,4 @@
-"""The steps of a worker -> seconds of one image in each: by itself on one core, and with all cores in it at once."""
+"""Measure the seconds per image of each worker step: alone on one core, and with all cores in it at once."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ import numpy as np
 from infra.bench.contest import Array, Call, Prepare, Record, Rules, Turn, received, workers
 
 if TYPE_CHECKING:
-    from pipeline.batch import Embedded, Work
-    from pipeline.plan import Plan
+    from img2parquet.batch import Embedded, Work
+    from img2parquet.dataset.plan import Plan
 
 STAGES = ("decode", "forward", "encode")
 PART_BATCHES = 32  # of the part whose file is encoded
@@ -28,14 +28,14 @@ def cores() -> int:
 
 
 def resolved_dtype() -> str:
-    """What `dtype: auto` is here."""
-    from pipeline.probe import resolve_dtype
+    """Resolve `dtype: auto` on this machine."""
+    from img2parquet.models.dtypes import resolve_dtype
 
     return resolve_dtype("auto", "cpu")
 
 
 def seconds(spec: str, rules: Rules) -> tuple[dict[str, float], dict[str, float]]:
-    """Of one image in each stage of a job (its file as JSON): alone, and on all cores at once."""
+    """Measure seconds per image in each stage of a job (its file as JSON): alone, and on all cores at once."""
     contestants: dict[str, Prepare] = {
         f"{stage} {core}": partial(prepare, stage, spec) for stage in STAGES for core in range(cores())
     }
@@ -57,12 +57,12 @@ def seconds(spec: str, rules: Rules) -> tuple[dict[str, float], dict[str, float]
 
 
 def _calls(once: Callable[[int], Turn], rules: Rules) -> int:
-    """As many as fill a turn."""
+    """Find how many calls fill a turn."""
     return max(1, int(np.ceil(rules.round_s / once(1).wall_s)))
 
 
 def _together(started: Mapping[str, Connection], names: Sequence[str], calls: int) -> Turn:
-    """All of `names` at the same time -> the mean of their turns; what one of them used is not foreign to another."""
+    """Run all of `names` at once and return their mean turn; CPU used by one is not foreign to another."""
     for name in names:
         started[name].send(calls)
     turns: list[Turn] = [received(name, started[name]) for name in names]
@@ -72,14 +72,14 @@ def _together(started: Mapping[str, Connection], names: Sequence[str], calls: in
 
 
 def prepare(stage: str, spec: str) -> Call:
-    """In the stage's own process: one call is one batch, or one part for `encode`; it gives how many images that is."""
-    from pipeline.allocator import keep_freed_memory
-    from pipeline.batch import Batch, Embedded, cut
-    from pipeline.embed import Embedder, Preparer
+    """Prepare a stage in its own process: one call is one batch, or one part for `encode`; it returns its images."""
+    from img2parquet.batch import Batch, Embedded, split_into_batches
+    from img2parquet.inference.allocator import keep_freed_memory
+    from img2parquet.inference.steps import Embedder, Preparer
 
     keep_freed_memory()
     work, plan = _planned(spec)
-    batch = next(iter(cut(work.job.input, plan.parts[0], work.batch_size)))
+    batch = next(iter(split_into_batches(work.job.input, plan.parts[0], work.batch_size)))
     assert isinstance(batch, Batch), batch
     decode = Preparer(work)
     if stage == "decode":
@@ -101,8 +101,8 @@ def _told(step: Callable[[], object], images: int) -> Call:
 
 
 def _encode(embedded: Embedded, plan: Plan) -> Call:
-    """A part of many such batches to its file."""
-    from pipeline.write import encode_part
+    """Encode a part of many such batches."""
+    from img2parquet.dataset.part_file import encode_part
 
     (model,) = plan.identities
     rows = embedded.images * PART_BATCHES
@@ -113,13 +113,13 @@ def _encode(embedded: Embedded, plan: Plan) -> Call:
 
 
 def _planned(spec: str) -> tuple[Work, Plan]:
-    """As the driver has them when it begins."""
-    from pipeline.batch import Work
-    from pipeline.job import parse_job
-    from pipeline.plan import make_plan
-    from pipeline.probe import probe
+    """Plan the job as the driver does when it starts."""
+    from img2parquet.batch import Work
+    from img2parquet.dataset.plan import make_plan
+    from img2parquet.inference.capabilities import probe_capabilities
+    from img2parquet.job import parse_job
 
     job = parse_job(json.loads(spec))
-    found = probe(job)
+    found = probe_capabilities(job)
     work = Work(job, found.cards, found.dtype, found.device, found.batch_size, job.resources.threads_per_worker)
     return work, make_plan(job, found.cards, found.dtype)

@@ -1,7 +1,7 @@
-"""A folder's files as objects of one bucket, each answer some ms late: `python -m infra.bench.static_s3 FOLDER 0.02`
+"""Serve a folder's files as objects of one bucket with a delay: `python -m infra.bench.static_s3 FOLDER 0.02`
 
-What S3's protocol needs for reading and no more: GET with Range and If-Match, HEAD, a listing in one page. Bodies go
-from the file to the socket by sendfile, so that the server itself is no limit. It prints its port and serves on
+It implements what reading needs of S3's protocol and no more: GET with Range and If-Match, HEAD, a listing in one page.
+Bodies go from the file to the socket by sendfile, so that the server is not the limit. It prints its port and serves on
 loopback until its standard input is closed.
 """
 
@@ -25,7 +25,7 @@ BUCKET = "bench"
 
 @contextmanager
 def serving(folder: Path, latency_s: float) -> Iterator[str]:
-    """The endpoint's URL, of a process of its own."""
+    """Run the server in a process of its own; yield the endpoint's URL."""
     command = [sys.executable, "-m", "infra.bench.static_s3", str(folder), str(latency_s)]
     with Popen(command, stdin=PIPE, stdout=PIPE, text=True, cwd=Path(__file__).parents[2]) as process:
         assert process.stdin and process.stdout

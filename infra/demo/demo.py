@@ -1,9 +1,9 @@
-"""What `make demo` runs once the environment is there: shards from photos, the jobs on them, and what came out.
+"""Run the demo: make shards from photos, run three jobs on them, and print the results.
 
     python infra/demo/demo.py [--runner local]      # from the repository's root
 
-First photographs are labelled and embedded, then mosaics of textures are segmented, then all four families look at
-the same images in one job. A second run finds every part committed and computes nothing.
+The first job labels and embeds photographs, the second segments mosaics of textures, and the third runs all four model
+families over the same images. A second run finds every part committed and computes nothing.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from make_shards import make_shards
 from mosaics import Confusion, make_mosaics
 from PIL import Image
 
-import pipeline
-from pipeline.errors import Img2ParquetError
+import img2parquet
+from img2parquet.errors import Img2ParquetError
 
 ROOT = Path(__file__).parents[2]
 PHOTOS_JOB, SHARDS, RESULTS, LEVIT = "jobs/demo.yaml", "out/demo/shards", "out/demo/results", "levit-photos"
@@ -33,19 +33,19 @@ FAMILIES_JOB, FAMILIES = "jobs/four_families.yaml", "out/demo/families"
 CAT = "out/demo/cat.jpg"
 QUERY = (
     "select label, count(*) as images, round(avg((labels[1].name = label)::int), 3) as accuracy "
-    f"from '{RESULTS}/model={LEVIT}/*.parquet' group by label order by accuracy"
+    f"from '{RESULTS}/model={LEVIT}/part-*.parquet' group by label order by accuracy"
 )
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--runner", choices=["ray", "local"], default="ray")
-    given = parser.parse_args()
-    os.chdir(ROOT)  # the job files' paths begin there
+    parser.add_argument("--runner", choices=["auto", "local", "ray"], default="ray")
+    arguments = parser.parse_args()
+    os.chdir(ROOT)  # the paths in the job files start there
     try:
-        label_photos(given.runner)
-        segment_textures(given.runner)
-        run_four_families(given.runner)
+        label_photos(arguments.runner)
+        segment_textures(arguments.runner)
+        run_four_families(arguments.runner)
     except Img2ParquetError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
@@ -55,33 +55,33 @@ def main() -> int:
 def label_photos(runner: str) -> None:
     shards = make_shards(Path(SHARDS))
     faults = ", ".join(f"{count} {fault}" for fault, count in shards["broken"].items())
-    print(f"photos     {len(shards['files'])} tars with {shards['crops']:,} crops in {SHARDS}, {how(shards['made'])}")
-    print(f"           and broken on purpose: {faults}", flush=True)
+    print(f"photos     {len(shards['files'])} tars with {shards['crops']:,} crops in {SHARDS}, {made(shards['made'])}")
+    print(f"           with deliberate faults: {faults}", flush=True)
     run(PHOTOS_JOB, runner)
-    table = pipeline.open_results(RESULTS, LEVIT).to_table(columns=["label", "labels"])
-    leave_a_cat()
-    print(f"accuracy   {accuracy(table):.4f} of {table.num_rows:,} crops, from regions held out of training")
+    table = img2parquet.open_results(RESULTS, LEVIT).to_table(columns=["label", "labels"])
+    save_a_cat()
+    print(f"accuracy   {accuracy(table):.4f} of {table.num_rows:,} crops, all from regions held out of training")
     show_query()
 
 
 def segment_textures(runner: str) -> None:
     mosaics = make_mosaics(Path(MOSAICS))
-    print(f"textures   {mosaics['mosaics']} mosaics in {MOSAICS}, {how(mosaics['made'])}", flush=True)
+    print(f"textures   {mosaics['mosaics']} mosaics in {MOSAICS}, {made(mosaics['made'])}", flush=True)
     run(TEXTURES_JOB, runner)
-    table = pipeline.open_results(MASKS, BEIT).to_table(columns=["key", "mask"])
-    print(f"mean IoU   {mean_iou(table):.4f} of {table.num_rows} mosaics, from regions held out of training")
+    table = img2parquet.open_results(MASKS, BEIT).to_table(columns=["key", "mask"])
+    print(f"mean IoU   {mean_iou(table):.4f} of {table.num_rows} mosaics, all from regions held out of training")
     print(f"results    {MASKS}/model={BEIT}/")
 
 
 def run_four_families(runner: str) -> None:
-    print("\nfamilies   LeViT, BEiT, BiT and ViTMSN in one job: each image is decoded once", flush=True)
+    print("\nfamilies   LeViT, BEiT, BiT and ViTMSN in one job, with each image decoded once", flush=True)
     run(FAMILIES_JOB, runner)
     print(f"results    {FAMILIES}/model=*/")
 
 
-def leave_a_cat() -> None:
-    """One of the crops as a file, to search by."""
-    rows = pipeline.open_results(RESULTS, LEVIT).to_table(columns=["key", "shard", "label"]).to_pylist()
+def save_a_cat() -> None:
+    """Save one crop as a file, as a query for `img2parquet search`."""
+    rows = img2parquet.open_results(RESULTS, LEVIT).to_table(columns=["key", "shard", "label"]).to_pylist()
     cat = min((row for row in rows if row["label"] == "cat"), key=lambda row: (row["shard"], row["key"]))
     with tarfile.open(cat["shard"]) as tar:
         image = tar.extractfile(f"{cat['key']}.jpg")
@@ -89,19 +89,19 @@ def leave_a_cat() -> None:
         Path(CAT).write_bytes(image.read())
 
 
-def how(made: bool) -> str:
-    return "made" if made else "already there"
+def made(is_new: bool) -> str:
+    return "newly made" if is_new else "already there"
 
 
 def run(job: str, runner: str) -> None:
-    """The job, and what it says of itself."""
-    summary = pipeline.run(pipeline.load_job(job), runner=runner)
+    """Run a job and print its summary."""
+    summary = img2parquet.run(img2parquet.load_job(job), runner=runner)
     rejected = sum(summary.rejected.values())
     reasons = ", ".join(f"{count} {reason}" for reason, count in sorted(summary.rejected.items()))
     written = sum(summary.rows_written.values())
     print(f"rows       {summary.rows_in:,} in, {written:,} written, {rejected:,} rejected{reasons and f' ({reasons})'}")
     if summary.parts_done_before == summary.parts:
-        print(f"work       none: {parts(summary.parts)} already committed, nothing left")
+        print(f"work       none: {parts(summary.parts)} already committed, nothing left to do")
         return
     speed = f"{summary.images_per_s:,.0f} images/s ({runner})"
     print(f"work       {parts(summary.parts - summary.parts_done_before)} in {summary.seconds:.1f} s, {speed}")
@@ -112,14 +112,14 @@ def parts(count: int) -> str:
 
 
 def accuracy(table: pa.Table) -> float:
-    """The share of rows whose best label is the photo that the crop came from."""
+    """Compute the share of rows whose best label is the photo that the crop came from."""
     rows = table.to_pylist()
     right: int = sum(bool(row["labels"]) and row["labels"][0]["name"] == row["label"] for row in rows)
     return right / len(rows)
 
 
 def mean_iou(table: pa.Table) -> float:
-    """Of the written masks against the mosaics' truth."""
+    """Compute the mean IoU of the written masks against the mosaics' ground truth."""
     confusion = Confusion()
     for row in table.to_pylist():
         truth = Image.open(Path(MOSAICS) / "truth" / f"{row['key']}.png")
@@ -128,7 +128,7 @@ def mean_iou(table: pa.Table) -> float:
 
 
 def show_query() -> None:
-    """The line that a user would type, run as they would run it."""
+    """Print a query as a user would type it, and run it."""
     python = os.path.relpath(sys.executable) if Path(sys.executable).is_relative_to(ROOT) else sys.executable
     line = f"""{shlex.quote(python)} -c "import duckdb; print(duckdb.sql('''{QUERY}'''))\""""
     print(f"results    {RESULTS}/model={LEVIT}/\n\n{line}\n", flush=True)

@@ -1,4 +1,4 @@
-"""Held-out regions of the photos -> webdataset tars of JPEG crops, some broken on purpose.
+"""Make webdataset tars of JPEG crops from held-out regions of the photos, some with deliberate faults.
 
 * The same versions of Pillow, NumPy and the photos give the same bytes.
 * A folder whose manifest matches is left as it is, so that a job on it can be resumed.
@@ -25,10 +25,10 @@ import PIL
 from photos import PHOTOS, Box, held_out_box
 from PIL import Image
 
-RECIPE = 1  # counted up when the bytes change
+RECIPE = 1  # increase when the bytes change
 TARS = "photos-*.tar"
-MANIFEST = "manifest.json"  # written last: a folder that has it is complete
-MIN_CONTRAST = 8.0  # standard deviation of grey values: black sky shows nothing that a label could be read from
+MANIFEST = "manifest.json"  # written last: a folder that contains it is complete
+MIN_CONTRAST = 8.0  # standard deviation of grey values: a crop of black sky cannot be labelled
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +42,7 @@ class Recipe:
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """One key of a shard: an image file with the sidecars that belong to it."""
+    """Hold one key of a shard: an image file with its sidecars."""
 
     key: str
     image: bytes
@@ -59,12 +59,12 @@ class Sample:
 
 
 def make_shards(folder: Path, recipe: Recipe = Recipe()) -> dict[str, Any]:
-    """Fill `folder` unless it is complete -> its manifest, with `made` saying which of the two it was."""
+    """Fill `folder` unless it is complete. Returns its manifest; `made` says whether it was filled now."""
     kept = complete_manifest(folder, recipe)
     if kept is not None:
         return kept | {"made": False}
     folder.mkdir(parents=True, exist_ok=True)
-    for stale in [folder / MANIFEST, *folder.glob(TARS)]:  # ours only: the folder may be anybody's
+    for stale in [folder / MANIFEST, *folder.glob(TARS)]:  # only our own files: the folder may contain others
         stale.unlink(missing_ok=True)
     samples = list(all_samples(recipe))
     per_shard = -(-len(samples) // recipe.shards)
@@ -81,7 +81,7 @@ def make_shards(folder: Path, recipe: Recipe = Recipe()) -> dict[str, Any]:
 
 
 def complete_manifest(folder: Path, recipe: Recipe) -> dict[str, Any] | None:
-    """The manifest of a folder that holds exactly what this recipe makes, else None."""
+    """Return the manifest of a folder that contains exactly what this recipe makes, else None."""
     try:
         manifest: dict[str, Any] = json.loads((folder / MANIFEST).read_text())
         found = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.glob(TARS)}
@@ -92,18 +92,18 @@ def complete_manifest(folder: Path, recipe: Recipe) -> dict[str, Any] | None:
 
 
 def made_from(recipe: Recipe) -> dict[str, Any]:
-    """Everything that the shards' bytes depend on."""
+    """Collect everything that the shards' bytes depend on."""
     versions = {"pillow": PIL.__version__, "numpy": np.__version__}
     return {"recipe": RECIPE, **asdict(recipe), **versions, "photos": photos_hash()}
 
 
 def photos_hash() -> str:
-    """Over the photos' files and over how each is cut."""
+    """Hash the photos' files and how each is divided."""
     return hashlib.sha256("".join(f"{photo} {photo.sha256()}" for photo in PHOTOS).encode()).hexdigest()
 
 
 def all_samples(recipe: Recipe) -> Iterator[Sample]:
-    """Crops of every photo in turn, in a seeded order."""
+    """Yield crops of every photo in turn, in a seeded order."""
     images = [photo.pixels() for photo in PHOTOS]
     for index in np.random.default_rng(recipe.seed).permutation(recipe.crops).tolist():
         class_id = index % len(PHOTOS)
@@ -111,7 +111,7 @@ def all_samples(recipe: Recipe) -> Iterator[Sample]:
 
 
 def cut(image_HWC: npt.NDArray[np.uint8], class_id: int, key: str, recipe: Recipe, seed: list[int]) -> Sample:
-    """One crop of a photo's held-out region, of seeded place, size and JPEG quality."""
+    """Cut one crop from a photo's held-out region, with seeded position, size and JPEG quality."""
     draw = np.random.default_rng(seed)
     region = held_out_box(PHOTOS[class_id], image_HWC.shape[1], image_HWC.shape[0])
     for _ in range(100):
@@ -137,7 +137,7 @@ def encode(image: Image.Image, quality: int = 90, **options: Any) -> bytes:
     return file.getvalue()
 
 
-# -- what is done to the crops -------------------------------------------------------------------------------------
+# -- faults and unusual encodings -----------------------------------------------------------------------------------
 
 
 def truncated(jpeg: bytes) -> bytes:
@@ -153,13 +153,13 @@ def empty(jpeg: bytes) -> bytes:
 
 
 def corrupted(jpeg: bytes) -> bytes:
-    """The tables that the scan is decoded with are gone."""
+    """Remove the tables that the scan is decoded with."""
     tables = jpeg.index(b"\xff\xc4")
     return jpeg[: tables + 4] + b"\xff" * 24 + jpeg[tables + 28 :]
 
 
 def bomb(jpeg: bytes) -> bytes:
-    """A PNG whose header promises 60,000 x 60,000 pixels and whose body is a few bytes."""
+    """Make a PNG whose header promises 60,000 x 60,000 pixels and whose body is a few bytes."""
 
     def chunk(kind: bytes, body: bytes) -> bytes:
         return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
@@ -169,7 +169,7 @@ def bomb(jpeg: bytes) -> bytes:
 
 
 def exif_rotated(jpeg: bytes) -> bytes:
-    """Stored on its side, with the tag that says so: still an image."""
+    """Store an image on its side, with the tag that says so: it is still valid."""
     image = Image.open(io.BytesIO(jpeg)).transpose(Image.Transpose.ROTATE_90)
     exif = Image.Exif()
     exif[0x0112] = 6
@@ -192,7 +192,7 @@ UNUSUAL: tuple[Callable[[bytes], bytes], ...] = (exif_rotated, grey, cmyk)
 
 
 def one_tar(samples: list[Sample], shard: int, recipe: Recipe) -> tuple[bytes, list[str]]:
-    """A shard's bytes and the faults in them. What is spoiled is a further row, so every crop is there unspoiled."""
+    """Make a shard's bytes and count its faults. Faulty images are additional rows: every crop is intact."""
     changed = [spoiled(sample, how) for sample, how in zip(samples, REJECTED + UNUSUAL, strict=False)]
     faults = [how.__name__ for _, how in zip(samples, REJECTED, strict=False)]
     rows = [*samples, *changed]
@@ -221,7 +221,7 @@ def tar(members: Iterable[tuple[str, bytes]]) -> bytes:
 
 
 def with_damaged_header(data: bytes, name: str) -> bytes:
-    """The member's header with its size and checksum overwritten; its name and body stay."""
+    """Overwrite size and checksum in a member's header; its name and body stay."""
     start = data.index(name.encode()) + 100
     return data[:start] + b"\xa5" * 60 + data[start + 60 :]
 

@@ -1,4 +1,4 @@
-"""Photos of textures -> mosaics with their truth: every pixel knows which texture it was cut from.
+"""Make mosaics of textures with their ground truth: the texture that every pixel was cut from.
 
 A mosaic is a Voronoi diagram of a few seeds, each cell filled from one texture's train or held-out region.
 """
@@ -21,15 +21,15 @@ from PIL import Image
 
 TEXTURES = ("brick", "grass", "gravel", "coins", "galaxies", "tissue", "cat", "flower")
 SIZE = 128
-RECIPE = 1  # counted up when the bytes change
-MANIFEST = "manifest.json"  # written last: a folder that has it is complete
+RECIPE = 1  # increase when the bytes change
+MANIFEST = "manifest.json"  # written last: a folder that contains it is complete
 
 Region = Literal["train", "held_out"]
 Pixels = npt.NDArray[np.uint8]
 
 
 class Mosaics:
-    """Draws mosaics: `mosaics(draw, size)` -> an RGB image (size, size, 3) and its truth (size, size), class ids."""
+    """Draw mosaics: `mosaics(draw, size)` returns RGB pixels (size, size, 3) and class ids (size, size)."""
 
     def __init__(self, region: Region) -> None:
         photos = [next(photo for photo in PHOTOS if photo.name == name) for name in TEXTURES]
@@ -47,7 +47,7 @@ class Mosaics:
         return mosaic_HWC, truth_HW
 
     def patch(self, texture: int, draw: np.random.Generator, size: int) -> Pixels:
-        """A square of the texture, `size` pixels wide, mirrored or not."""
+        """Cut a square of the texture, `size` pixels wide, mirrored at random."""
         roomy = [box for box in self.boxes[texture] if min(box.width, box.height) >= size]
         box = roomy[int(draw.integers(len(roomy)))]
         left = box.left + int(draw.integers(0, box.width - size + 1))
@@ -64,7 +64,7 @@ def boxes(photo: Photo, image_HWC: Pixels, region: Region) -> tuple[Box, ...]:
 
 
 def voronoi(draw: np.random.Generator, size: int, cells: int) -> npt.NDArray[np.int64]:
-    """Which of `cells` random points each pixel is nearest to; every cell has pixels."""
+    """Find which of `cells` random points each pixel is nearest to; every cell has pixels."""
     points = draw.choice(size * size, cells, replace=False)
     rows_1N, columns_1N = points // size, points % size
     y_HW1, x_HW1 = np.mgrid[:size, :size][..., None]
@@ -73,7 +73,7 @@ def voronoi(draw: np.random.Generator, size: int, cells: int) -> npt.NDArray[np.
 
 
 def make_mosaics(folder: Path, count: int = 256, seed: int = 2024) -> dict[str, Any]:
-    """`mosaics-00.tar` of held-out mosaics as JPEGs and `truth/<key>.png` -> the manifest; kept when complete."""
+    """Write held-out mosaics to `mosaics-00.tar` and `truth/<key>.png` unless complete. Returns the manifest."""
     made_from: dict[str, Any] = {"recipe": RECIPE, "count": count, "seed": seed, "size": SIZE, "textures": TEXTURES}
     made_from |= {"pillow": PIL.__version__, "numpy": np.__version__, "photos": photos_hash()}
     digest = hashlib.sha256(json.dumps(made_from).encode()).hexdigest()
@@ -94,7 +94,7 @@ def make_mosaics(folder: Path, count: int = 256, seed: int = 2024) -> dict[str, 
 
 
 def complete_manifest(folder: Path, recipe_hash: str) -> dict[str, Any] | None:
-    """The manifest of a folder that holds exactly what this recipe makes, else None."""
+    """Return the manifest of a folder that contains exactly what this recipe makes, else None."""
     try:
         manifest: dict[str, Any] = json.loads((folder / MANIFEST).read_text())
     except (OSError, ValueError):
@@ -115,7 +115,7 @@ def png(truth_HW: Pixels) -> bytes:
 
 
 class Confusion:
-    """Pixels counted by truth and answer, and the mean over the classes seen of intersection by union."""
+    """Count pixels by ground truth and prediction; compute the mean IoU of the classes seen."""
 
     def __init__(self) -> None:
         self.counts_KK = np.zeros((len(TEXTURES), len(TEXTURES)), np.int64)

@@ -1,8 +1,8 @@
-"""The photographs that scikit-image and scikit-learn carry in their wheels, each cut into train and held-out regions.
+"""Divide the photographs in scikit-image's and scikit-learn's wheels into train and held-out regions.
 
-* Nothing is downloaded: only files that lie in the installed packages are named.
-* One quarter of each photo, at a corner, is held out; what is left, less a gap, is for training. The demo's shards
-  are cut from held-out regions only, so the accuracy that it prints is of pixels no training step has seen.
+* Nothing is downloaded: only files in the installed packages are used.
+* One quarter of each photo, at a corner, is held out; the rest, less a gap, is for training. The demo's shards are
+  cut from held-out regions only, so it prints the accuracy on pixels that no training step has seen.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-GAP = 16  # pixels: two blocks of the sources that are JPEGs
+GAP = 16  # pixels: two blocks of those sources that are JPEGs
 
 
 class Box(NamedTuple):
-    """Pixels, right and bottom exclusive, as PIL has it."""
+    """A box in pixels; right and bottom are exclusive, as in PIL."""
 
     left: int
     top: int
@@ -59,7 +59,7 @@ class Photo:
         return Path(found.submodule_search_locations[0]) / self.file
 
     def pixels(self) -> npt.NDArray[np.uint8]:
-        """RGB, (height, width, 3)."""
+        """Load RGB pixels, (height, width, 3)."""
         image = Image.open(self.path).convert("RGB")
         return np.asarray(image.reduce(self.shrink) if self.shrink > 1 else image)
 
@@ -89,14 +89,14 @@ NAMES = tuple(photo.name for photo in PHOTOS)
 
 
 def held_out_box(photo: Photo, width: int, height: int) -> Box:
-    """The quarter at the photo's held-out corner."""
+    """Return the quarter at the photo's held-out corner."""
     left = 0 if photo.held_out.endswith("left") else width - width // 2
     top = 0 if photo.held_out.startswith("top") else height - height // 2
     return Box(left, top, left + width // 2, top + height // 2)
 
 
 def train_boxes(photo: Photo, width: int, height: int) -> tuple[Box, Box]:
-    """The two halves that the held-out corner leaves, `GAP` away from it. They share the corner opposite to it."""
+    """Return the two halves outside the held-out corner, `GAP` away from it; they share the opposite corner."""
     held = held_out_box(photo, width, height)
     beside = Box(held.right + GAP, 0, width, height) if held.left == 0 else Box(0, 0, held.left - GAP, height)
     above_or_below = Box(0, held.bottom + GAP, width, height) if held.top == 0 else Box(0, 0, width, held.top - GAP)

@@ -1,6 +1,6 @@
-"""The README's pictures of the report, from what `make demo` left: `report-light.png` and `report-dark.png` here.
+"""Make the README's pictures of the report, `report-light.png` and `report-dark.png`, from the outputs of `make demo`.
 
-make browser && .venv/bin/python infra/demo/screenshots.py      # from the repository's root; wants Chromium
+make browser && .venv/bin/python infra/demo/screenshots.py      # from the repository's root; needs Chromium
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from pathlib import Path
 from PIL import Image
 from playwright.sync_api import Page, sync_playwright  # the `browser` extra
 
-import pipeline
+import img2parquet
 
 HERE, RESULTS, MASKS = Path(__file__).parent, "out/demo/results", "out/demo/masks"
 WIDTH, HEIGHT = 1200, 960
@@ -27,7 +27,7 @@ def main(photos: str = RESULTS, textures: str = MASKS) -> None:
             ("light", photos, "canvas", "report-light.png"),
             ("dark", textures, ".masks", "report-dark.png"),
         ):
-            (page_file,) = pipeline.report(output, to=Path(folder) / f"{scheme}.html")
+            (page_file,) = img2parquet.report(output, to=Path(folder) / f"{scheme}.html")
             page = browser.new_page(color_scheme=scheme, viewport={"width": WIDTH, "height": HEIGHT})
             page.goto(page_file.as_uri())
             page.wait_for_timeout(500)
@@ -38,7 +38,7 @@ def main(photos: str = RESULTS, textures: str = MASKS) -> None:
 
 
 def hover(page: Page) -> None:
-    """Over a cluster, as a visitor would."""
+    """Hover over a cluster, as a visitor would."""
     box = page.locator("canvas").bounding_box()
     assert box
     page.mouse.move(box["x"] + 0.39 * box["width"], box["y"] + 0.12 * box["height"])
@@ -46,7 +46,7 @@ def hover(page: Page) -> None:
 
 
 def save(png: bytes, path: Path) -> None:
-    """In 256 colours: a fifth of the bytes."""
+    """Save with 256 colours, in a fifth of the bytes."""
     with Image.open(io.BytesIO(png)) as image:
         image.convert("RGB").quantize(256, kmeans=8, dither=Image.Dither.NONE).save(path, optimize=True)
 

@@ -1,8 +1,8 @@
-"""Train regions of the photos -> `checkpoints/beit-textures/`, a BEiT of under 4 MB that segments mosaics of them.
+"""Train `checkpoints/beit-textures/`, a BEiT of under 4 MB, to segment mosaics of the photos' train regions.
 
     python infra/demo/train_beit.py             # about five minutes on one core; needs the `dev` extra
 
-Trained with transformers' own class, so that the checkpoint is laid out as the published ones are.
+Trained with transformers' own class, so that the checkpoint has the layout of the published ones.
 """
 
 # mypy: disable-error-code="no-untyped-call"
@@ -50,7 +50,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=FOLDER)
     given = parser.parse_args()
     torch.manual_seed(given.seed)
-    torch.set_num_threads(1)  # sums in one order: the same versions give the same weights
+    torch.set_num_threads(1)  # a fixed order of sums: the same versions give the same weights
     started = time.monotonic()
     model = new_model()
     train(model, given.steps, given.seed)
@@ -85,12 +85,12 @@ def train(model: BeitForSemanticSegmentation, steps: int, seed: int) -> None:
 
 
 def learning_rate(step: int, steps: int) -> float:
-    """A short climb, then half a cosine down."""
+    """Warm up briefly, then follow half a cosine."""
     return min(1.0, (step + 1) / 50) * 0.5 * (1 + math.cos(math.pi * step / steps))
 
 
 def training_batch(mosaics: Mosaics, draw: np.random.Generator) -> tuple[Tensor, Tensor]:
-    """-> x_BCHW normalised, truth_BHW."""
+    """Draw a batch: x_BCHW normalised, truth_BHW."""
     drawn = [mosaics(draw) for _ in range(BATCH)]
     pixels_BHWC = np.stack([augmented(mosaic_HWC, draw) for mosaic_HWC, _ in drawn])
     truth_BHW = np.stack([truth_HW for _, truth_HW in drawn]).astype(np.int64)
@@ -108,7 +108,7 @@ def augmented(mosaic_HWC: npt.NDArray[np.uint8], draw: np.random.Generator) -> n
 
 
 def save(model: BeitForSemanticSegmentation, folder: Path) -> None:
-    """config.json, preprocessor_config.json and model.safetensors, as transformers lays them out."""
+    """Save config.json, preprocessor_config.json and model.safetensors in transformers' layout."""
     model.eval().save_pretrained(folder)
     size = {"height": SIZE, "width": SIZE}
     BeitImageProcessor(
@@ -117,7 +117,7 @@ def save(model: BeitForSemanticSegmentation, folder: Path) -> None:
 
 
 def held_out_iou(folder: Path, count: int = 256, seed: int = 2024) -> float:
-    """Of the demo's own mosaics, with the saved checkpoint through its saved processor."""
+    """Compute the mean IoU on the demo's own mosaics, with the saved checkpoint and its saved processor."""
     model = BeitForSemanticSegmentation.from_pretrained(folder).eval()
     processor = BeitImageProcessor.from_pretrained(folder)
     mosaics, confusion = Mosaics("held_out"), Confusion()

@@ -1,8 +1,8 @@
-"""Train regions of the photos -> `checkpoints/levit-photos/`, a LeViT of under 3 MB that tells the photos apart.
+"""Train `checkpoints/levit-photos/`, a LeViT of under 3 MB, to tell the photos' train regions apart.
 
     python infra/demo/train_levit.py            # about five minutes on one core; needs the `dev` extra
 
-Trained with transformers' own class, so that the demo's checkpoint is laid out as the published ones are.
+Trained with transformers' own class, so that the demo's checkpoint has the layout of the published ones.
 """
 
 # mypy: disable-error-code="no-untyped-call"
@@ -47,7 +47,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=FOLDER)
     given = parser.parse_args()
     torch.manual_seed(given.seed)
-    torch.set_num_threads(1)  # sums in one order: the same versions give the same weights
+    torch.set_num_threads(1)  # a fixed order of sums: the same versions give the same weights
     started = time.monotonic()
     model = new_model()
     train(model, given.steps, given.seed)
@@ -64,7 +64,7 @@ def new_model() -> LevitForImageClassificationWithTeacher:
 
 
 def train(model: LevitForImageClassificationWithTeacher, steps: int, seed: int) -> None:
-    """AdamW on both heads, which share the labels: there is no teacher to distil from."""
+    """Train both heads with AdamW on the same labels: there is no teacher to distil from."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.02)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate(step, steps))
     images, draw = [photo.pixels() for photo in PHOTOS], np.random.default_rng(seed)
@@ -86,12 +86,12 @@ def train(model: LevitForImageClassificationWithTeacher, steps: int, seed: int) 
 
 
 def learning_rate(step: int, steps: int) -> float:
-    """A short climb, then half a cosine down."""
+    """Warm up briefly, then follow half a cosine."""
     return min(1.0, (step + 1) / 100) * 0.5 * (1 + math.cos(math.pi * step / steps))
 
 
 def training_batch(images: list[npt.NDArray[np.uint8]], draw: np.random.Generator) -> tuple[Tensor, Tensor]:
-    """-> x_BCHW normalised, ids_B; every class as often."""
+    """Draw a balanced batch: x_BCHW normalised, ids_B."""
     ids = (np.arange(BATCH) + int(draw.integers(len(PHOTOS)))) % len(PHOTOS)
     crops = [training_crop(images[i], i, draw) for i in ids.tolist()]
     return normalised(np.stack(crops)), torch.from_numpy(ids)
@@ -103,7 +103,7 @@ def normalised(pixels_BHWC: npt.NDArray[np.uint8]) -> Tensor:
 
 
 def training_crop(image_HWC: npt.NDArray[np.uint8], class_id: int, draw: np.random.Generator) -> npt.NDArray[np.uint8]:
-    """A square of a train region, changed in scale, side, colour, sharpness and JPEG quality -> SIZE x SIZE."""
+    """Cut a square from a train region, vary scale, side, colour, sharpness and JPEG quality, and resize it."""
     regions = train_boxes(PHOTOS[class_id], image_HWC.shape[1], image_HWC.shape[0])
     areas = np.array([region.width * region.height for region in regions])
     region = regions[int(draw.choice(2, p=areas / areas.sum()))]
@@ -129,7 +129,7 @@ def augmented(crop: Image.Image, draw: np.random.Generator) -> npt.NDArray[np.ui
 
 
 def save(model: LevitForImageClassificationWithTeacher, folder: Path) -> None:
-    """config.json, preprocessor_config.json and model.safetensors, as transformers lays them out."""
+    """Save config.json, preprocessor_config.json and model.safetensors in transformers' layout."""
     model.eval().save_pretrained(folder)
     processor = LevitImageProcessor(
         size={"shortest_edge": SHORTEST_EDGE}, crop_size={"height": SIZE, "width": SIZE}, image_mean=MEAN, image_std=STD
@@ -138,7 +138,7 @@ def save(model: LevitForImageClassificationWithTeacher, folder: Path) -> None:
 
 
 def held_out_accuracy(folder: Path) -> float:
-    """Share of the demo's own crops that the saved checkpoint names rightly, through its saved processor."""
+    """Compute the accuracy on the demo's own crops, with the saved checkpoint and its saved processor."""
     model = LevitForImageClassificationWithTeacher.from_pretrained(folder).eval()
     processor = LevitImageProcessor.from_pretrained(folder)
     samples, right = list(all_samples(Recipe())), 0

@@ -1,1 +1,1 @@
-"""The image: its Dockerfile, what it installs, and how each instruction is tried without an engine."""
+"""Build the container image, and try its Dockerfile without a container engine."""

@@ -1,14 +1,14 @@
-"""The Dockerfile without an engine: each instruction, in order, in roots made for it -> what the image would do, seen.
+"""Run each instruction of the Dockerfile, in order, without a container engine, in root directories made for it.
 
     python infra/docker/exercise.py [--variant cpu|cuda] [--keep FOLDER]
 
 * A stage is a folder that becomes the root of a mount namespace of its own (`unshare`, `chroot`; as root, or with user
-  namespaces): this machine's /usr, /bin, /lib and the like lie in it read-only, all else is the stage's own and empty.
-  So the base image is this machine's Debian and Python; what an instruction adds, moves or forgets is the image's.
+  namespaces): this machine's /usr, /bin, /lib and the like are mounted read-only, everything else is the stage's own
+  and empty. So the base image is this machine's Debian and Python, and what an instruction adds or forgets shows.
 * COPY sees the build context through .dockerignore; RUN has the stage's ENV, ARG, WORKDIR and USER, and no other
-  environment but pip's settings, with folders of wheels that they name; nothing else of this machine is there.
-* apt-get installs nothing, since /usr is this machine's: what it is asked for has to be installed here.
-* pip takes torch from its own index here (TORCH_INDEX is empty): the address of the CPU and CUDA builds is not tried.
+  environment except pip's settings, with the folders of wheels that they name; nothing else of this machine is visible.
+* apt-get installs nothing, since /usr is this machine's: the requested packages have to be installed here.
+* pip takes torch from its own index here (TORCH_INDEX is empty): the addresses of the CPU and CUDA builds are untested.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ ROOT = Path(__file__).parents[2]
 DOCKERFILE = ROOT / "infra" / "docker" / "Dockerfile"
 SYSTEM = ("/usr", "/bin", "/sbin", "/lib", "/lib64", "/dev", "/proc", "/var/lib/dpkg")
 OWN = ("tmp", "root", "home", "opt", "var", "run", "src")
-HERE = {"TORCH_INDEX": ""}  # arguments of a build that are other here
+HERE = {"TORCH_INDEX": ""}  # build arguments that differ here
 LIMIT_S = 1200
 APT_GET = """#!/bin/sh
 [ "$1" = install ] || exit 0
@@ -42,7 +42,7 @@ for word; do case $word in -*) ;; *) dpkg-query --show "$word" || exit 100;; esa
 
 @dataclass
 class Stage:
-    """A stage's root and what its instructions have set."""
+    """A build stage: its root, and what its instructions have set."""
 
     root: Path
     environment: dict[str, str] = field(default_factory=dict)
@@ -52,7 +52,7 @@ class Stage:
 
 
 def instructions(text: str) -> Iterator[tuple[str, str]]:
-    """A Dockerfile's (word, rest), lines that go on joined, comments dropped."""
+    """Parse a Dockerfile into (word, rest), with continued lines joined and comments dropped."""
     lines = [line for line in text.splitlines() if line.strip() and not line.lstrip().startswith("#")]
     for line in re.sub(r"\\\n", " ", "\n".join(lines)).splitlines():
         word, _, rest = line.strip().partition(" ")
@@ -60,7 +60,7 @@ def instructions(text: str) -> Iterator[tuple[str, str]]:
 
 
 def context(folder: Path) -> Path:
-    """What an engine would be sent: the working tree through .dockerignore."""
+    """Copy the build context: the working tree filtered by .dockerignore."""
     rules = [line.strip() for line in (ROOT / ".dockerignore").read_text().splitlines()]
     rules = [rule for rule in rules if rule and not rule.startswith("#")]
     tracked = subprocess.run(["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, text=True, capture_output=True)
@@ -72,7 +72,7 @@ def context(folder: Path) -> Path:
 
 
 def is_ignored(name: str, rules: list[str]) -> bool:
-    """The last rule that fits a path, or a folder above it, decides."""
+    """Apply .dockerignore: the last rule that matches a path, or a folder above it, decides."""
     ignored = False
     for rule in rules:
         pattern = rule.lstrip("!").rstrip("/")
@@ -92,7 +92,7 @@ class Build:
         self.ran = 0
 
     def do(self, word: str, rest: str) -> None:
-        """Raises SystemExit where an instruction is unknown, or fails."""
+        """Run one instruction. Raises SystemExit when it is unknown or fails."""
         print(f"== {word} {rest[:100]}", flush=True)
         step = getattr(self, f"_{word.lower()}", None)
         if step is None:
@@ -162,7 +162,7 @@ class Build:
         self._inside(["/bin/sh", "-c", rest])
 
     def _inside(self, command: list[str]) -> None:
-        """In the stage's root, with nothing of ours but pip's own settings."""
+        """Run a command in the stage's root, with nothing of this environment but pip's settings."""
         assert self.stage
         stage, pip = self.stage, {name: value for name, value in os.environ.items() if name.startswith("PIP_")}
         environment = {**pip, **stage.environment, **stage.arguments, "HOME": "/root"}
@@ -184,7 +184,7 @@ class Build:
 
 
 def _mount(path: str, root: Path) -> str:
-    """A folder of this machine's into a root, as a line of shell; read-only, but for what is none of its disk."""
+    """Format the shell line that mounts a folder of this machine; only virtual filesystems are writable."""
     live = path in ("/dev", "/proc")
     if Path(path).is_symlink():
         return f"ln -sfn {Path(path).readlink()} {root}{path} || exit 1\n"
@@ -198,12 +198,12 @@ def _made(folder: Path) -> Path:
 
 
 def _unreadable(folder: str, names: list[str]) -> set[str]:
-    """Keys and sockets stay outside."""
+    """Hide keys and sockets."""
     return {name for name in names if name in ("shadow", "gshadow", "ssl-private", "private", "ssh", "sudoers.d")}
 
 
 def _system_accounts_only(etc: Path) -> None:
-    """People with accounts on this machine are not in a base image; whose passwords are locked."""
+    """Keep only system accounts, with locked passwords: a base image has no users of this machine."""
     for name in ("passwd", "group"):
         lines = (etc / name).read_text().splitlines()
         kept = [line for line in lines if not 1000 <= int(line.split(":")[2]) < 65534]

@@ -1,4 +1,4 @@
-"""`pyproject.toml` and names of extras -> requirements, one a line: what an image installs before it has the source.
+"""Print the requirements of `pyproject.toml` and some extras, one per line, to install before the source is copied.
 
 python requirements.py pyproject.toml hub cluster
 """
@@ -13,7 +13,7 @@ from pathlib import Path
 
 
 def requirements(document: Path, extras: Iterable[str]) -> list[str]:
-    """Of an extra that names others of ours, as `img2parquet[hub]`, theirs. Raises KeyError for an unknown extra."""
+    """Collect requirements, following extras that name extras. Raises KeyError for an unknown extra."""
     project = tomllib.loads(document.read_text(encoding="utf-8"))["project"]
     wanted = list(project["dependencies"])
     for extra in extras:

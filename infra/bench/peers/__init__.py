@@ -1,4 +1,4 @@
-"""What people use instead: a script each, in an environment of their own, with settings to choose the best from."""
+"""Run the alternatives: a script for each, in an environment of their own, with settings to choose the best from."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ PEERS = (
 
 
 def python(folder: Path) -> Path:
-    """The environment's interpreter; made and filled where it is not there yet, which needs a package index."""
+    """Return the environment's interpreter, creating it first if necessary, which needs a package index."""
     interpreter, stamp = folder / "bin" / "python", folder / ".installed"
     wanted = hashlib.sha256(CONSTRAINTS.read_bytes()).hexdigest()
     if not stamp.exists() or stamp.read_text() != wanted:
@@ -74,11 +74,11 @@ def is_installed(folder: Path) -> bool:
 
 
 def command(peer: Peer, interpreter: Path, settings: Settings, job: Mapping[str, object]) -> list[str]:
-    """`job`: shards, model, dtype, out, cores."""
+    """Return a peer's command. job: shards, model, dtype, out, cores."""
     return [str(interpreter.absolute()), str(FOLDER / peer.script), json.dumps({**job, **asdict(settings)})]
 
 
 def versions() -> str:
-    """Of the pinned packages; torch, transformers, Ray and Pillow are the same as ours."""
+    """Return the versions of the pinned packages; torch, transformers, Ray and Pillow are the same as ours."""
     pinned = dict(line.split("==") for line in CONSTRAINTS.read_text().splitlines() if "==" in line)
     return ", ".join(f"{name} {pinned[name]}" for name in SHOWN) + f"; ours pyarrow {version('pyarrow')}"

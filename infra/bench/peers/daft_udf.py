@@ -1,4 +1,4 @@
-"""Daft's documented way: `read_webdataset`, its image functions, a `@daft.cls` with a batch method, `write_parquet`.
+"""Run the job the way Daft documents: `read_webdataset`, a `@daft.cls` with a batch method, `write_parquet`.
 
     python daft_udf.py '{"shards": [...], "model": FOLDER, "dtype": ..., "out": FOLDER, "workers": 2, ...}'
 
@@ -18,7 +18,7 @@ from PIL import Image
 from transformers import AutoConfig
 from transformers_model import Embedder
 
-JOB = json.loads(sys.argv[1])  # here, since the decorators below want it
+JOB = json.loads(sys.argv[1])  # here, since the decorators below need it
 
 
 def width(folder: str) -> int:
@@ -46,7 +46,7 @@ def image(item: Any) -> Image.Image:
 
 
 def main(job: dict[str, Any]) -> None:
-    # by default 8 shards are listed at once, and on 2 cores two that are listed at once wait for ever (0.7.26)
+    # by default 8 shards are listed at once, and on 2 cores two that are listed at once deadlock (0.7.26)
     daft.set_execution_config(scantask_max_parallel=1)
     rows = daft.read_webdataset(job["shards"])
     images = decode_image_file(rows["jpg"], mode="RGB") if job["decode"] == "engine" else rows["jpg"]

@@ -1,9 +1,9 @@
-"""The Ray Data documentation's way: `read_webdataset`, `map_batches` with a class of actors, `write_parquet`.
+"""Run the job the way Ray Data documents: `read_webdataset`, `map_batches` with actors, `write_parquet`.
 
     python ray_data.py '{"shards": [...], "model": FOLDER, "dtype": ..., "out": FOLDER, "cores": 2, "workers": 2, ...}'
 
-`decode: reader` is the reader's default; `decode: model` asks it for bytes and decodes beside the model, so that pixels
-stay out of the object store. The actors leave one CPU to reading: with none it waits for ever.
+`decode: reader` is the reader's default; `decode: model` asks for bytes and decodes in the actor, so that pixels stay
+out of the object store. The actors leave one CPU to reading: without one it never finishes.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def image(item: Any) -> Image.Image:
 
 
 def main(job: dict[str, Any]) -> None:
-    ray.init("local", num_cpus=job["cores"], include_dashboard=False)  # not what `ray start` left on this machine
+    ray.init("local", num_cpus=job["cores"], include_dashboard=False)  # not a cluster left by `ray start`
     ray.data.DataContext.get_current().enable_progress_bars = False
     images = ray.data.read_webdataset(
         job["shards"], decoder=True if job["decode"] == "reader" else None, override_num_blocks=len(job["shards"])

@@ -1,4 +1,4 @@
-"""What is written by hand: a torch `DataLoader` whose workers read, decode and preprocess; one loop over the model.
+"""Run the job as a hand-written script: a torch `DataLoader` reads, decodes and preprocesses; one loop runs the model.
 
 python torch_loader.py '{"shards": [...], "model": FOLDER, "dtype": ..., "out": FOLDER, "workers": 2, ...}'
 """
@@ -22,7 +22,7 @@ from transformers_model import Embedder
 
 
 class Shards(IterableDataset[Any]):
-    """Keys and preprocessed pixels; each worker reads every n-th shard."""
+    """Yield keys and preprocessed pixels; each worker reads every n-th shard."""
 
     def __init__(self, paths: list[str], processor: Any) -> None:
         self.paths, self.processor = paths, processor

@@ -1,4 +1,4 @@
-"""A checkpoint's folder -> its model and its own image processor, as transformers' documentation loads them."""
+"""Load a checkpoint's model and image processor the way transformers documents."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from transformers import AutoImageProcessor, AutoModel
 
 
 class Embedder:
-    """RGB images -> their pooled vectors, (B, D) float32."""
+    """Compute pooled vectors of RGB images, (B, D) float32."""
 
     def __init__(self, folder: str, dtype: str, threads: int) -> None:
         torch.set_num_threads(threads)
