@@ -41,7 +41,7 @@ HEAVY = {
     "pydantic": {"job", "run_identity", "read", "outputs", "results"},
     "jinja2": {"results"},
     "umap": {"results"},
-    "yaml": {"job", "cli"},
+    "yaml": {"job", "cli", "models"},
     "safetensors": {"models", "results"},
     "huggingface_hub": {"models"},
     "lance": {"results"},

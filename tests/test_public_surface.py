@@ -22,7 +22,8 @@ from tests.support.finished_outputs import copy_of, rows_of, small_run
 from tests.support.small_job import BROKEN, GOOD, ROWS, SHARDS, make_checkpoint, small_job
 
 ON_AN_OUTPUT = (
-    "status", "open_results", "read_rejects", "verify", "report", "evaluate", "fit_probe", "export", "search",
+    "status", "open_results", "read_rejects", "verify", "report", "evaluate", "fit_probe", "relabel", "export",
+    "search",
     "build_index", "find_duplicates", "retry",
 )  # fmt: skip
 OTHERS = (
@@ -30,8 +31,8 @@ OTHERS = (
     "decode_vectors",
 )  # fmt: skip
 RESULTS = (
-    "Summary", "RetrySummary", "Status", "Evaluation", "ProbeSummary", "ExportSummary", "SearchResult", "Hit",
-    "IndexSummary", "DuplicateSummary", "JobSpec", "Model",
+    "Summary", "RetrySummary", "Status", "Evaluation", "ProbeSummary", "RelabelSummary", "ExportSummary",
+    "SearchResult", "Hit", "IndexSummary", "DuplicateSummary", "JobSpec", "Model",
 )  # fmt: skip
 PROTOCOLS = ("Source", "Output", "Family")
 EXCEPTIONS = tuple(name for name, kind in vars(errors).items() if inspect.isclass(kind) and issubclass(kind, Exception))
@@ -151,6 +152,11 @@ def test_fit_probe(out: str, tmp_path: Path) -> None:
     (tmp_path / "labels.csv").write_text("\n".join(["key,label", *lines]))
     made = img2parquet.fit_probe(out, str(tmp_path / "labels.csv"))
     assert isinstance(made, img2parquet.ProbeSummary) and (made.model, made.rows) == ("tiny+probe", GOOD)
+
+
+def test_relabel(out: str) -> None:
+    with pytest.raises(img2parquet.OutputUnavailable, match="no text tower"):
+        img2parquet.relabel(out, ["cat", "dog"])
 
 
 def test_report(out: str, tmp_path: Path) -> None:

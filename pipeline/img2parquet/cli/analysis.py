@@ -1,4 +1,4 @@
-"""Run the commands that analyse an output: index, search, duplicates, probe, evaluate."""
+"""Run the commands that analyse an output: index, search, duplicates, probe, relabel, evaluate."""
 
 from __future__ import annotations
 
@@ -8,10 +8,14 @@ import sys
 import webbrowser
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from img2parquet.cli.output import json_line, say
 from img2parquet.errors import InputError
+
+if TYPE_CHECKING:
+    from img2parquet.results.probe.linear_probe import ProbeSummary
+    from img2parquet.results.probe.relabel import RelabelSummary
 
 Command = Callable[[argparse.Namespace], int]
 Add = Callable[[Any, str, object, str], argparse.ArgumentParser]
@@ -20,11 +24,12 @@ MOST_CLASSES, MOST_MISTAKES = 20, 5  # printed
 
 
 def add_commands(commands: Any, add: Add) -> None:
-    """Add these five commands to the command line."""
+    """Add these six commands to the command line."""
     _add_index(commands, add)
     _add_search(commands, add)
     _add_duplicates(commands, add)
     _add_probe(commands, add)
+    _add_relabel(commands, add)
     _add_evaluate(commands, add)
 
 
@@ -76,6 +81,25 @@ def _add_probe(commands: Any, add: Add) -> None:
     parser.add_argument("--seed", type=int, default=0, help="seed of the folds and of the held-out rows (default: 0)")
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
     _example(parser, "img2parquet probe out/demo/results --labels labels.csv")
+
+
+def _add_relabel(commands: Any, add: Add) -> None:
+    parser = _analysis_parser(
+        commands, add, "relabel", _relabel, "label all rows by prompts, without reading an image (CLIP, SigLIP)"
+    )
+    parser.add_argument(
+        "--prompts", required=True, help="a file: one class a line, or JSON or YAML of {class: [prompts]}"
+    )
+    parser.add_argument(
+        "--templates", action="append", metavar="TEMPLATE", help="`plain` (default), `imagenet` (80 sentences), or a "
+        "sentence with {} where the class goes; may be repeated",
+    )  # fmt: skip
+    parser.add_argument("--top-k", type=int, default=5, help="most classes of a row (default: 5)")
+    parser.add_argument("--threshold", type=float, default=0.0, help="leave out classes below this score")
+    parser.add_argument("--name", help="the new partition; default: <model>+prompts-<hash>")
+    parser.add_argument("--checkpoint", help="where the run's checkpoint is now, if it was moved")
+    parser.add_argument("--json", action="store_true", help="print what was written as JSON")
+    _example(parser, "img2parquet relabel out/clip --prompts classes.txt --templates imagenet")
 
 
 def _add_evaluate(commands: Any, add: Add) -> None:
@@ -197,16 +221,44 @@ def _probe(arguments: argparse.Namespace) -> int:
         say(f"baseline   {report['majority']:.4f} by always predicting the most frequent class")
     before = report["calibration_error_before"]
     say(f"calibrated expected calibration error {report['calibration_error']:.4f}, before {before:.4f}")
+    _print_partition(made, "probe")
+    return DONE
+
+
+def _relabel(arguments: argparse.Namespace) -> int:
+    from img2parquet.models.prompts import PLAIN, TEMPLATES
+    from img2parquet.results.probe.relabel import relabel
+
+    given = arguments.templates or [PLAIN]
+    made = relabel(
+        arguments.uri,
+        arguments.prompts,
+        arguments.model,
+        arguments.column,
+        templates=given[0] if len(given) == 1 else [text for one in given for text in TEMPLATES.get(one, (one,))],
+        top_k=arguments.top_k,
+        threshold=arguments.threshold,
+        name=arguments.name,
+        checkpoint=arguments.checkpoint,
+    )
+    if arguments.json:
+        return _print_json(vars(made))
+    shown = ", ".join(made.classes[:5]) + (", ..." if len(made.classes) > 5 else "")
+    say(f"classes    {len(made.classes)}: {shown}")
+    _print_partition(made, "relabel")
+    return DONE
+
+
+def _print_partition(made: ProbeSummary | RelabelSummary, command: str) -> None:
     say(f"written    {made.rows:,} rows to model={made.model}, {made.parts_now} of {made.parts} parts now")
     for name in made.left_out:
-        say(f"left out   the kept column `{name}`: the probe writes a column of that name")
+        say(f"left out   the kept column `{name}`: `{command}` writes a column of that name")
     if made.retry_files:
         say(f"retries    these include rows recovered by retries, in {made.retry_files} files")
     if made.retry_files_left:
         say(f"pending    rows of a retry in {made.retry_files_left} files; run the same command once it has ended")
     if made.parts_left:
         say(f"pending    {made.parts_left} parts are not committed; run the same command once they are")
-    return DONE
 
 
 def _evaluate(arguments: argparse.Namespace) -> int:

@@ -6,7 +6,7 @@ embeddings.py     read committed embeddings as unit vectors, and rows by their p
 label_scores.py   read labels and logits as the model means them
 source_images.py  fetch the images of rows from the source shards
 search/           find rows by image or key, build an index, find duplicates
-probe/            fit a classifier on a few labels, and label all rows with it
+probe/            label all rows with a classifier: fitted to a few labels, or made of prompts
 evaluation/       score predictions against a ground-truth column
 report/           write one HTML page about an output
 exports/          write rows in the formats of other tools

@@ -6,7 +6,7 @@ Shapes: K classes, H W a map.
 * The outputs decide how they are scored: `labels` or `logits` against a class id or name, or several where config.json
   says `problem_type: multi_label_classification`, or numbers for `regression`; a segmentation's `mask` against a PNG of
   class ids, `visual_tokens` against codes. Rows without ground truth are left out.
-* Counts refer to classes by id; names come from the checkpoint, or from a probe's classifier.
+* Counts refer to classes by id; names come from the checkpoint, or from the classifier of a derived partition.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Train a classifier on a few labelled rows and label every row of a model with it.
+"""Label every row of a model with a classifier, from its embeddings: one fitted to a few labels, or made of prompts.
 
 | file | what it does |
 |---|---|
@@ -6,5 +6,7 @@
 | `label_file.py` | reads a CSV of labels and looks up the vectors of its rows |
 | `classifier.py` | fits, selects, evaluates and calibrates the classifier |
 | `multi_label.py` | does the same for independent classes |
+| `relabel.py` | makes the classifier from prompts instead, for CLIP and SigLIP |
+| `classifier_partition.py` | stores a classifier once, and starts or resumes its partition |
 | `label_partition.py` | writes the labels as a partition of the output |
 """

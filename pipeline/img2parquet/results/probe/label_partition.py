@@ -9,7 +9,6 @@ Shapes: B rows of a row group, D values of a vector, K classes, k best of them.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -42,8 +41,19 @@ from img2parquet.results.embeddings import GENERATION_SHIFT, Vectors, unit_vecto
 from img2parquet.results.probe.classifier import Classifier
 from img2parquet.schema import RESERVED_COLUMNS, Part, Reject
 
-TOP_K, MOST_OF_SEVERAL = 5, 100  # labels of a row; of independent classes, of which any number may be true
 ADDED = ("labels", "confidence")
+
+
+@dataclass(frozen=True)
+class Labels:
+    """Which labels a row gets: at most `top_k`, those with at least the score `threshold`."""
+
+    top_k: int
+    threshold: float = 0.0
+
+    def settings(self) -> dict[str, Any]:
+        """Return them as the settings of the output `labels`; without the threshold where there is none."""
+        return {"top_k": self.top_k, **({"threshold": self.threshold} if self.threshold else {})}
 
 
 @dataclass(frozen=True)
@@ -64,6 +74,7 @@ class Labeller:
     partition: str
     classifier: Classifier
     classes: tuple[str, ...]
+    labels: Labels
 
     @property
     def left_out(self) -> tuple[str, ...]:
@@ -82,7 +93,7 @@ class Labeller:
             for group in range(file.num_row_groups):
                 table = file.read_row_group(group, columns=[*kept, self.vectors.column])
                 unit_BD = unit_vectors(table, self.vectors.column)
-                arrays = [*(table.column(column) for column in kept), *_columns(self.classifier, unit_BD, self.classes)]
+                arrays = [*(table.column(column) for column in kept), *self._columns(unit_BD)]
                 tables.append(pa.Table.from_arrays(arrays, schema=schema))
         rejects = tuple(Reject(**reject) for reject in footer.rejects)
         name = self.partition
@@ -92,6 +103,21 @@ class Labeller:
         return encode_part(
             part, name, plan.identity(name), [whole], about, generation=generation, superseded=superseded
         ).data
+
+    def _columns(self, unit_BD: Any) -> list[pa.Array]:
+        """Make `labels`, the best classes with their scores (on a tie the lower id first), and `confidence`, the score
+        of the best, whether or not it reaches the threshold."""
+        scores_BK = self.classifier.probabilities(unit_BD).astype(np.float32)
+        ids_Bk = np.argsort(-scores_BK, axis=1, kind="stable")[:, : self.labels.top_k].astype(np.int32)
+        scores_Bk = np.take_along_axis(scores_BK, ids_Bk, 1)
+        kept_Bk = scores_Bk >= self.labels.threshold
+        ids_N, stops_B = ids_Bk[kept_Bk], kept_Bk.sum(axis=1).cumsum()
+        names_N = pa.array(self.classes, pa.string()).take(pa.array(ids_N))
+        best_N = pa.StructArray.from_arrays(
+            [pa.array(ids_N), names_N, pa.array(scores_Bk[kept_Bk])], fields=list(LABEL)
+        )
+        offsets = pa.array([0, *stops_B], pa.int32())
+        return [pa.ListArray.from_arrays(offsets, best_N, type=LABELS), pa.array(scores_Bk[:, 0])]
 
     @cached_property
     def _schema(self) -> pa.Schema:
@@ -177,29 +203,9 @@ def _refuse_foreign_files(output: Output, records: Output, history: History, par
         )
 
 
-def most_labels(classifier: Classifier) -> int:
-    """Return how many labels each row gets."""
-    return min(TOP_K if classifier.function == "softmax" else MOST_OF_SEVERAL, classifier.classes)
-
-
 def _fields(classifier: Classifier) -> list[pa.Field]:
     metadata = None if classifier.function == "softmax" else {"scores": classifier.function}
     return [
         pa.field("labels", LABELS, nullable=False, metadata=metadata),
         pa.field("confidence", pa.float32(), nullable=False),
     ]
-
-
-def _columns(classifier: Classifier, unit_BD: Any, classes: Sequence[str]) -> list[pa.Array]:
-    """Make `labels`, the best classes with calibrated probabilities (on a tie the lower id first), and `confidence`,
-    the probability of the best."""
-    shares_BK = classifier.probabilities(unit_BD).astype(np.float32)
-    k = most_labels(classifier)
-    ids_Bk = np.argsort(-shares_BK, axis=1, kind="stable")[:, :k].astype(np.int32)
-    scores_Bk = np.take_along_axis(shares_BK, ids_Bk, 1)
-    names = pa.array(classes, pa.string()).take(pa.array(ids_Bk.reshape(-1)))
-    best = pa.StructArray.from_arrays(
-        [pa.array(ids_Bk.reshape(-1)), names, pa.array(scores_Bk.reshape(-1))], fields=list(LABEL)
-    )
-    offsets = pa.array(np.arange(len(unit_BD) + 1, dtype=np.int32) * k)
-    return [pa.ListArray.from_arrays(offsets, best, type=LABELS), pa.array(scores_Bk[:, 0])]

@@ -150,7 +150,7 @@ def _read_derived(summary: RunSummary) -> None:
         if totals:
             summary.rows_written = {**summary.rows_written, **totals["rows_written"]}
         else:
-            summary.note(f"{name} does not label all rows yet: run `img2parquet probe` again to continue.")
+            summary.note(f"{name} does not label all rows yet: run the command that made it again to continue.")
         fitted[name] = (_tried(summary, records.run_record, f"the record of {name} cannot be read") or {}).get(
             "report", {}
         )

@@ -60,7 +60,9 @@ class ModelSection:
     scores: dict[str, Mapping[str, float]] = field(
         default_factory=dict
     )  # over all rows, as the run computed them; by task
-    fitted: Mapping[str, Any] = field(default_factory=dict)  # for a probe's partition: how good its classifier is
+    fitted: Mapping[str, Any] = field(
+        default_factory=dict
+    )  # of a derived partition: how good its classifier is, or its prompts
     embedding_map: EmbeddingMap | None = None
     groups: list[str] = field(default_factory=list)  # each row's group, for the map
     group_names: list[str] = field(default_factory=list)  # the most frequent, which have a colour

@@ -8,15 +8,18 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from img2parquet.batch import Batch, Failed, Work
-from img2parquet.errors import CheckpointError, InputError, NotFound, RunMismatch
+from img2parquet.errors import CheckpointError, InputError, NotFound, OutputUnavailable, RunMismatch
 from img2parquet.inference.steps import Embedder, Preparer
 from img2parquet.job import JobSpec, ModelJob, parse_job
 from img2parquet.results.embeddings import Floats, Vectors, unit_vectors
 from img2parquet.run_identity import differences, identity
 from img2parquet.schema import Row
+
+if TYPE_CHECKING:
+    from img2parquet.models.model import Model
 
 
 def embed_image(vectors: Vectors, image: str, checkpoint: str | None = None) -> Floats:
@@ -38,6 +41,23 @@ def embed_image(vectors: Vectors, image: str, checkpoint: str | None = None) -> 
         raise InputError(f"{image}: {embedded.message}")
     vector_D: Floats = unit_vectors(embedded.tables[vectors.model], vectors.column)[0]
     return vector_D
+
+
+def model_of_vectors(vectors: Vectors, checkpoint: str | None = None) -> Model:
+    """Load the run's model in float32 on the CPU; its text tower is loaded with the first prompt.
+
+    checkpoint: where it is now. Raises OutputUnavailable when it has no text tower, and otherwise as `embed_image`
+    does."""
+    from img2parquet.models import load_model
+
+    work = _work(vectors, checkpoint)
+    card = work.cards[vectors.model]
+    if not card.has_text:
+        message = f"model `{vectors.model}` ({card.family}) has no text tower, so it knows no words"
+        raise OutputUnavailable(
+            message, hint="run the job with a whole CLIP or SigLIP: `img2parquet models` lists them"
+        )
+    return load_model(work.job.spec_of(work.job.models[0]))
 
 
 def recorded_job(record: Mapping[str, Any] | None, uri: str) -> JobSpec:
