@@ -52,6 +52,7 @@ WHAT = {  # the settings that replace each model, and a column with its type for
             "vit-msn-base": ("embedding", "fixed_size_list<"),
         },
     ),
+    "text_search": ([("model={photos}/clip",)], {"clip": ("embedding", "fixed_size_list<element: int8")}),
     "zero_shot_labels": ([("model={photos}/clip",)], {"clip": ("embedding", "fixed_size_list<element: halffloat")}),
 }
 

@@ -43,11 +43,18 @@ def _add_index(commands: Any, add: Add) -> None:
 
 
 def _add_search(commands: Any, add: Add) -> None:
-    parser = _analysis_parser(commands, add, "search", _search, "find the images that look most like a given one")
-    query = parser.add_mutually_exclusive_group(required=True)
+    parser = _analysis_parser(commands, add, "search", _search, "find the images that are most like an image or words")
+    query = parser.add_mutually_exclusive_group()
     query.add_argument("--image", help="path or URI of the query image, embedded with the run's own model and settings")
     query.add_argument("--key", help="the key of a row of the output, as the query")
     parser.add_argument("--shard", help="the shard of --key, if several shards have that key")
+    parser.add_argument(
+        "--text", action="append", default=[], help="what the image shows, for CLIP and SigLIP; may be repeated"
+    )
+    parser.add_argument(
+        "--not", action="append", default=[], dest="without", metavar="TEXT", help="what it does not show"
+    )
+    parser.add_argument("--where", metavar="FILTER", help="only rows that pass, as 'width > 512 and label == \"cat\"'")
     parser.add_argument("-k", type=int, default=12, help="number of results (default: 12)")
     parser.add_argument("--index", help="the folder of an index outside the output")
     parser.add_argument("--exact", action="store_true", help="compare with every vector even if there is an index")
@@ -142,6 +149,9 @@ def _search(arguments: argparse.Namespace) -> int:
         arguments.uri,
         arguments.image,
         key=arguments.key,
+        text=arguments.text,
+        without=arguments.without,
+        where=arguments.where,
         shard=arguments.shard,
         model=arguments.model,
         column=arguments.column,

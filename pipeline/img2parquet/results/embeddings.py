@@ -124,10 +124,15 @@ class Vectors:
             return int(file.metadata.num_rows)
 
     @cached_property
+    def schema(self) -> pa.Schema:
+        """The columns of a committed file."""
+        with self.open(next(iter(self.parts))) as file:
+            return file.schema_arrow
+
+    @property
     def width(self) -> int:
         """The number of values of a vector, D."""
-        with self.open(next(iter(self.parts))) as file:
-            return length(file.schema_arrow.field(self.column))
+        return length(self.schema.field(self.column))
 
     def at(self, places: Sequence[int], query_D: Floats) -> list[Hit]:
         """Fetch the rows at these places with exact scores, best first. At most one row group is read for each."""

@@ -26,44 +26,15 @@ from img2parquet.results.probe import label_partition
 from img2parquet.results.probe.relabel import relabel
 from img2parquet.results.verify import verify
 from img2parquet.schema import Pixels
-from tests.models.test_text import clip_folder, siglip_folder
-from tests.models.towers import clip_tokenizer, gemma_tokenizer
 from tests.support.finished_outputs import copy_of, part_paths, rows_of, small_run
-from tests.support.small_job import jpeg
+from tests.support.two_towers import IMAGES, Finished, job_of
 
 CLASSES = ["cat", "dog", "red"]
-IMAGES = 12
-
-
-def checkpoint(kind: str, folder: Path) -> Any:
-    """Save a small two-tower model with its tokenizer; return the reference's module."""
-    model, _ = clip_folder(folder) if kind == "clip" else siglip_folder(folder, projection_size=32)
-    (clip_tokenizer if kind == "clip" else gemma_tokenizer)(folder)
-    return model
-
-
-@pytest.fixture(scope="session", params=["clip", "siglip"])
-def finished(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path]:
-    """Run a job of vectors on a few images in several parts; return the reference's module and the output."""
-    root = tmp_path_factory.mktemp(request.param)
-    model = checkpoint(request.param, root / "ckpt")
-    (root / "in").mkdir()
-    for n in range(IMAGES):
-        (root / "in" / f"{n:02}.jpg").write_bytes(jpeg(n))
-    job = {
-        "input": {"kind": "folder", "uris": [str(root / "in")]},
-        "models": [{"model": str(root / "ckpt"), "name": "words", "outputs": [{"kind": "embedding"}]}],
-        "output": {"uri": str(root / "out"), "rows_per_part": 5},
-        "dtype": "float32",
-        "resources": {"workers": 1, "batch_size": 4},
-    }
-    driver.run(job, "local")
-    return model, root
 
 
 @pytest.fixture
-def out(finished: tuple[Any, Path], tmp_path: Path) -> str:
-    return copy_of(finished[1] / "out", tmp_path / "out")
+def out(finished: Finished, tmp_path: Path) -> str:
+    return copy_of(finished.root / "out", tmp_path / "out")
 
 
 def expected(model: Any, root: Path, prompts: list[str]) -> dict[str, np.ndarray]:
@@ -83,10 +54,13 @@ def expected(model: Any, root: Path, prompts: list[str]) -> dict[str, np.ndarray
     return scores
 
 
-def test_scores_are_those_of_the_reference(finished: tuple[Any, Path], out: str) -> None:
+def test_scores_are_those_of_the_reference(finished: Finished, out: str) -> None:
     made = relabel(out, CLASSES, top_k=2, name="words+mine")
     assert (made.model, made.rows, made.parts, made.parts_now) == ("words+mine", IMAGES, 3, 3)
-    rows, theirs = rows_of(out, "words+mine"), expected(*finished, [f"a photo of a {name}." for name in CLASSES])
+    rows, theirs = (
+        rows_of(out, "words+mine"),
+        expected(finished.model, finished.root, [f"a photo of a {name}." for name in CLASSES]),
+    )
     assert [row["key"] for row in rows] == [row["key"] for row in rows_of(out, "words")] and len(rows) == IMAGES
     for row in rows:
         scores_K = theirs[row["key"]]
@@ -98,8 +72,8 @@ def test_scores_are_those_of_the_reference(finished: tuple[Any, Path], out: str)
     assert verify(out) == []
 
 
-def test_a_class_of_several_prompts_has_the_mean_of_their_directions(finished: tuple[Any, Path], out: str) -> None:
-    _, root = finished
+def test_a_class_of_several_prompts_has_the_mean_of_their_directions(finished: Finished, out: str) -> None:
+    root = finished.root
     relabel(out, {"pet": ["a cat", "a {}", "the dog"], "red": "red"}, name="several")
     text = load_model(str(root / "ckpt")).text
     unit = torch.nn.functional.normalize(text(["a cat", "a pet", "the dog", "red"]), dim=1)
@@ -124,18 +98,18 @@ def test_prompts_name_the_partition_and_a_threshold_empties_lists(out: str) -> N
 
 
 def test_no_image_and_no_checkpoint_of_images_is_read(
-    finished: tuple[Any, Path], out: str, monkeypatch: pytest.MonkeyPatch
+    finished: Finished, out: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from img2parquet.read.folder import Folder
 
     monkeypatch.setattr(Folder, "read", lambda *_: pytest.fail("read a part"))
     monkeypatch.setattr("img2parquet.inference.steps.decode", lambda *_: pytest.fail("decoded an image"))
-    moved = finished[1].parent / "inputs-elsewhere"
-    (finished[1] / "in").rename(moved)
+    moved = finished.root.parent / "inputs-elsewhere"
+    (finished.root / "in").rename(moved)
     try:
         assert relabel(out, CLASSES).rows == IMAGES
     finally:
-        moved.rename(finished[1] / "in")
+        moved.rename(finished.root / "in")
 
 
 def test_it_resumes_after_any_part(out: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -160,8 +134,8 @@ def test_it_resumes_after_any_part(out: str, monkeypatch: pytest.MonkeyPatch) ->
     assert verify(out) == []
 
 
-def test_evaluate_report_and_exports_take_it(finished: tuple[Any, Path], tmp_path: Path) -> None:
-    _, root = finished
+def test_evaluate_report_and_exports_take_it(finished: Finished, tmp_path: Path) -> None:
+    root = finished.root
     out = copy_of(root / "out", tmp_path / "out")
     partition = relabel(out, CLASSES).model
     truths = {row["key"]: row["labels"][0]["name"] for row in rows_of(out, partition)}
@@ -170,7 +144,7 @@ def test_evaluate_report_and_exports_take_it(finished: tuple[Any, Path], tmp_pat
     [page] = img2parquet.report(out, tmp_path / "report.html")
     assert partition in page.read_text() and "a photo of a dog." in page.read_text()
     field = pq.read_schema(part_paths(out, partition)[0]).field("labels")
-    is_clip = (finished[0].config.model_type) == "clip"
+    is_clip = finished.model.config.model_type == "clip"
     assert (field.metadata or {}).get(b"scores") == (None if is_clip else b"sigmoid")
     with pytest.raises(InputError):
         evaluate(out, "no such column", partition)
@@ -229,25 +203,19 @@ def test_files_that_cannot_be_used(text: str, tmp_path: Path) -> None:
         class_prompts(str(file))
 
 
-def test_models_and_vectors_that_know_no_words(finished: tuple[Any, Path], tmp_path: Path) -> None:
+def test_models_and_vectors_that_know_no_words(finished: Finished, tmp_path: Path) -> None:
     plain = copy_of(small_run(), tmp_path / "plain")
     with pytest.raises(OutputUnavailable, match=r"`tiny` \(levit\) has no text tower"):
         relabel(plain, CLASSES)
-    _, root = finished
+    root = finished.root
     for n, (settings, said) in enumerate([({"pool": "tower"}, "pool: tower"), ({"dtype": "binary"}, "only the signs")]):
-        job = {
-            "input": {"kind": "folder", "uris": [str(root / "in")]},
-            "models": [{"model": str(root / "ckpt"), "outputs": [{"kind": "embedding", **settings}]}],
-            "output": {"uri": str(tmp_path / f"out-{n}")},
-            "dtype": "float32",
-        }
-        driver.run(job, "local")
+        driver.run(job_of(root, tmp_path / f"out-{n}", **settings), "local")
         with pytest.raises(OutputUnavailable, match=said):
             relabel(str(tmp_path / f"out-{n}"), CLASSES)
 
 
-def test_a_checkpoint_without_its_tokenizer(finished: tuple[Any, Path], out: str, tmp_path: Path) -> None:
-    shutil.copytree(finished[1] / "ckpt", tmp_path / "moved")
+def test_a_checkpoint_without_its_tokenizer(finished: Finished, out: str, tmp_path: Path) -> None:
+    shutil.copytree(finished.root / "ckpt", tmp_path / "moved")
     assert relabel(out, CLASSES, checkpoint=str(tmp_path / "moved")).rows == IMAGES
     (tmp_path / "moved" / "tokenizer.json").unlink()
     with pytest.raises(CheckpointError, match=r"no tokenizer\.json"):

@@ -84,7 +84,9 @@ class Labeller:
     def encode(self, number: int, part: Part, plan: Plan) -> bytes:
         """Encode the file whose source has this number in `Vectors.parts`. plan: of the partition, in the file's
         generation."""
-        kept = [column for column in self._schema.names if column in RESERVED_COLUMNS or column in self._passthrough]
+        kept = [
+            column for column in self.vectors.schema.names if column in RESERVED_COLUMNS or column in self._passthrough
+        ]
         kept = [column for column in kept if column not in ADDED]
         with self.vectors.open(number) as file:
             footer = parse_footer(file.metadata)
@@ -120,16 +122,11 @@ class Labeller:
         return [pa.ListArray.from_arrays(offsets, best_N, type=LABELS), pa.array(scores_Bk[:, 0])]
 
     @cached_property
-    def _schema(self) -> pa.Schema:
-        with self.vectors.open(next(iter(self.vectors.parts))) as file:
-            return file.schema_arrow
-
-    @cached_property
     def _passthrough(self) -> list[str]:
         """Columns that were kept from the input; those that the model wrote are not copied."""
         kept = self.vectors.plan.identities[self.vectors.model].get("input", {}).get("keep", ())
         names = [entry.partition(":")[0] for entry in kept]
-        return [name for name in names if name in self._schema.names]
+        return [name for name in names if name in self.vectors.schema.names]
 
 
 def label_partition(labeller: Labeller, records: Output, plan: Plan) -> LabelledFiles:

@@ -15,14 +15,14 @@ from typing import Any
 
 import numpy as np
 
-from img2parquet.errors import InputError, OutputUnavailable
+from img2parquet.errors import InputError
 from img2parquet.models.prompts import PLAIN, ClassPrompts, class_prompts
 from img2parquet.outputs.score_function import ScoreFunction
 from img2parquet.results.embeddings import Vectors, open_vectors
 from img2parquet.results.probe.classifier import Classifier
 from img2parquet.results.probe.classifier_partition import Kind, Made, source_of, write_partition
 from img2parquet.results.probe.label_partition import Labels
-from img2parquet.results.search.query_image import model_of_vectors
+from img2parquet.results.search.query_text import model_with_text
 
 RELABEL_VERSION = 1  # raise by hand when the same prompts would give other numbers
 PROMPTS = Kind(
@@ -81,7 +81,6 @@ def relabel(
         raise InputError(f"top_k: {top_k}, threshold: {threshold}", hint="use 1 or more, and a score from 0 to 1")
     classes = class_prompts(prompts, templates)
     vectors = open_vectors(uri, model, column, storage_options=storage_options)
-    check_space(vectors)
     request: dict[str, Any] = {
         "version": RELABEL_VERSION,
         "source": source_of(vectors),
@@ -113,33 +112,16 @@ def relabel(
     )
 
 
-def check_space(vectors: Vectors) -> None:
-    """Raise OutputUnavailable when these vectors cannot be compared with those of prompts."""
-    outputs = vectors.plan.identities[vectors.model].get("outputs", ())
-    output = next(output for output in outputs if output["kind"] == "embedding" and output["name"] == vectors.column)
-    where = f"column `{vectors.column}` of model `{vectors.model}`"
-    if output.get("pool", "model") != "model":
-        message = f"{where} has vectors of `pool: {output['pool']}`, which are not in the space shared with text"
-        raise OutputUnavailable(message, hint="run a job with `{kind: embedding}`, whose vectors are projected into it")
-    if output.get("dtype") == "binary":
-        message = f"{where} has only the signs of its vectors, which are too coarse to score prompts"
-        raise OutputUnavailable(message, hint="run a job with `dtype: int8`, `float16` or `float32`")
-
-
 def zero_shot(vectors: Vectors, classes: ClassPrompts, checkpoint: str | None) -> Made:
     """Make the classifier whose weights are the classes' vectors, with the model's own scale and offset.
 
-    checkpoint: where the run's model is now. Raises OutputUnavailable for a model without a text tower."""
-    loaded = model_of_vectors(vectors, checkpoint)
-    vectors_KE = classes.vectors(loaded.text).double().numpy()
-    if vectors_KE.shape[1] != vectors.width:
-        message = f"prompts have {vectors_KE.shape[1]} values, column `{vectors.column}` has {vectors.width}"
-        raise OutputUnavailable(f"{message}: they are not of one space", hint="run the job anew with this model")
+    checkpoint: where the run's model is now. Raises as `model_with_text` does."""
+    loaded = model_with_text(vectors, checkpoint)
     function: ScoreFunction = "sigmoid" if loaded.card.family.startswith(SIGMOID) else "softmax"
     K = len(classes.names)
     classifier = Classifier(
         "linear", 0.0, K, 1.0,
-        first=loaded.text.logit_scale * vectors_KE,
+        first=loaded.text.logit_scale * classes.vectors(loaded.text).double().numpy(),
         second=np.full(K, loaded.text.logit_bias),
         function=function,
     )  # fmt: skip

@@ -58,11 +58,13 @@ def page_of(
     key: str | None = None,
     storage_options: Mapping[str, Any] | None = None,
 ) -> str:
-    """Render the result of `search`, called with this image or key, as one HTML page with thumbnails."""
+    """Render the result of `search`, called with this image, key or texts, as one HTML page with thumbnails."""
     vectors = open_vectors(uri, result.model, result.column, storage_options=storage_options)
     subtitle = f"model {result.model}, {len(result.hits)} nearest of {result.compared:,} rows by cosine ({result.how})"
     query = _picture_of_file(vectors.output.store, image) if image else None
-    return render(f"Rows like {image or key}", subtitle, result.hits, pictures_of(vectors, result.hits), query)
+    return render(
+        f"Rows like {result.query or image or key}", subtitle, result.hits, pictures_of(vectors, result.hits), query
+    )
 
 
 def render(
