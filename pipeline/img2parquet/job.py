@@ -181,6 +181,12 @@ class DecodeJob(Settings):
 Count = Annotated[int, Field(ge=1)]
 
 
+def _one_gpu(count: float) -> float:
+    if count > 1:
+        raise ValueError("a worker computes on one GPU; `1` starts one worker for each GPU, of every node")
+    return count
+
+
 class Resources(Settings):
     """Workers and their resources. Each `auto` is resolved once, recorded in `_run.json` and reused on resume."""
 
@@ -189,8 +195,10 @@ class Resources(Settings):
     )
     threads_per_worker: int = Field(default=1, ge=1, description="CPU threads that one worker uses for matrix products")
     batch_size: Count | Literal["auto"] = Field(default="auto", description="Images per forward pass")
-    gpus_per_worker: Annotated[float, Field(ge=0)] | Literal["auto"] = Field(
-        default="auto", description="GPUs of each Ray actor; may be a fraction"
+    gpus_per_worker: Annotated[float, Field(ge=0), AfterValidator(_one_gpu)] | Literal["auto"] = Field(
+        default="auto",
+        description="GPUs of each Ray actor: 1, or a fraction where several share one; `auto`: 1 where the cluster has "
+        "GPUs, or adds them on demand",
     )
     image_timeout_s: float = Field(
         default=60.0,
@@ -232,8 +240,8 @@ class JobSpec(Settings):
     decode: DecodeJob = Field(default=DecodeJob(), description="How to treat EXIF, alpha, large and damaged images")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         default="auto",
-        description="Type that models compute in; `auto`: bfloat16 where the processor has matrix units for it, else "
-        "float32. float16 is for GPUs without bfloat16 and slow on CPUs; an image whose values it cannot hold is "
+        description="Type that models compute in; `auto`: bfloat16 where the processor has matrix units for it, "
+        "float16 on a T4 or V100, else float32. float16 is slow on CPUs; an image whose values it cannot hold is "
         "rejected",
     )
     resources: Resources = Field(default=Resources(), description="Workers, threads, GPUs, batch size and timeouts")

@@ -15,7 +15,7 @@ from img2parquet.models import load_model, model
 from img2parquet.models.dtypes import resolve_dtype
 from tests.support.small_job import job_dict, make_checkpoint
 
-GPUS = [(7, "float32"), (8, "bfloat16"), (9, "bfloat16")]  # compute capability: 7 is V100 and T4
+GPUS = [(6, "float32"), (7, "float16"), (8, "bfloat16"), (9, "bfloat16")]  # compute capability: 7 is V100 and T4
 
 
 def use_gpu(monkeypatch: pytest.MonkeyPatch, major: int) -> None:
@@ -24,6 +24,7 @@ def use_gpu(monkeypatch: pytest.MonkeyPatch, major: int) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(major=major))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (major, 0))
 
 
 @pytest.mark.parametrize(("major", "expected"), GPUS)

@@ -12,6 +12,7 @@ from img2parquet.dataset.plan import make_plan
 from img2parquet.errors import JobFailed
 from img2parquet.inference.capabilities import probe_capabilities
 from img2parquet.runners import ray_data
+from img2parquet.runners.ray_pools import Pools
 from img2parquet.schema import Part, Piece
 from tests.support.small_job import make_checkpoint, make_shards, small_job
 
@@ -51,7 +52,7 @@ def test_one_small_part_is_work_for_every_worker(ray_cluster: str, tmp_path: Pat
     found = probe_capabilities(job)
     (part,) = make_plan(job, found.cards, found.dtype).parts
     work = Work(job, found.cards, found.dtype, found.device, batch_size=4, threads=1)
-    blocks = ray_data._batches([part], work, ray.put(work), 2).materialize()
+    blocks = ray_data._batches([part], work, ray.put(work), Pools(2, 0, 2)).materialize()
     assert blocks.count() == 16 and blocks.num_blocks() >= 8
 
 

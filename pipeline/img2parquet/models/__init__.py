@@ -36,7 +36,8 @@ def load_model(
 
     model: a folder, the URI of one, `org/name@revision`, `transformers:` before any of these, or `timm:<name>`; or a
         ModelSpec, which then holds the last five arguments.
-    dtype: float32, bfloat16, float16 or auto (bfloat16 where the device multiplies matrices in it, else float32).
+    dtype: float32, bfloat16, float16 or auto (bfloat16 where the device multiplies matrices in it, float16 on a
+        T4 or V100, else float32).
     fast: False keeps the plain form of the model.
     image_size: size of the images that reach the model; default: the checkpoint's own.
     weights: `random(0)` builds a published model without its files.

@@ -12,15 +12,18 @@ Dtype = Literal["float32", "bfloat16", "float16"]
 
 
 def resolve_dtype(dtype: str, device: str = "cpu") -> str:
-    """Resolve `auto` to bfloat16 where the device multiplies matrices in it, else to float32.
+    """Resolve `auto` to bfloat16 where the device multiplies matrices in it, to float16 on GPUs that have only that,
+    else to float32.
 
-    CUDA devices before compute capability 8 (T4, V100) only emulate bfloat16; of CPUs, those with AMX have it. Other
-    kinds of device cannot be queried and get float32."""
+    CUDA devices of compute capability 7 (T4, V100) only emulate bfloat16, and those before it have no matrix units; of
+    CPUs, those with AMX have them. Other kinds of device cannot be queried and get float32."""
     if dtype != "auto":
         return dtype
     kind = torch.device(device).type
     if kind == "cuda":
-        return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float32"
+        if torch.cuda.is_bf16_supported(including_emulation=False):
+            return "bfloat16"
+        return "float16" if torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 7 else "float32"
     return "bfloat16" if kind == "cpu" and torch.cpu._is_amx_tile_supported() else "float32"
 
 

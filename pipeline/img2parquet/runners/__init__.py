@@ -3,6 +3,7 @@
 base             defines the protocols `Runner` and `ResultStream`, which the engine knows runners by
 local            runs all steps on threads of this process
 ray_data         runs them as a Ray Data graph, on a cluster or on this machine
+ray_pools        divides a cluster's CPUs and GPUs among the stages
 ray_workers      reads, prepares and embeds in Ray's workers, and isolates what killed one of them
 ray_metrics      exports the metrics of a session through Ray's own exporter
 thread_stages    names the stages that this process's threads are in, for messages about stalls

@@ -16,6 +16,8 @@ import time
 import warnings
 from collections.abc import Generator, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from dataclasses import replace
+from functools import cached_property
 from typing import Any
 
 import pyarrow as pa
@@ -32,6 +34,18 @@ from img2parquet.job import JobSpec
 from img2parquet.runners.base import Result, WorkersLost
 from img2parquet.runners.ray_import_path import own_code_only
 from img2parquet.runners.ray_metrics import RayExporter
+from img2parquet.runners.ray_pools import (
+    ACTOR_CPUS,
+    READ_CPUS,
+    SHARE_HINT,
+    Pools,
+    gpus_per_worker,
+    pools_of,
+    resource,
+    wait_for_room,
+    weakest_gpu,
+    worker_count,
+)
 from img2parquet.runners.ray_workers import Attempts, Read, Step, job_name
 from img2parquet.schema import Part
 from img2parquet.telemetry import stack_dumps
@@ -40,9 +54,6 @@ from img2parquet.telemetry.prometheus import Sink
 
 log = logging.getLogger(__name__)
 
-# Logical CPUs: an actor takes less than its core, so that a read task always finds a slot. When the pool holds every
-# CPU and the read waits for one, the graph hangs for ever and logs nothing (seen on 2 cores).
-ACTOR_CPUS, READ_CPUS = 0.75, 0.25
 BLOCK_BYTES = 16 << 20  # Ray's default of 128 MiB would be a thousand images: half a minute of work for one worker
 IMAGE_BYTES = 64 << 10  # typical: the size of a part of a list is that of the list, not of its images
 BLOCKS_EACH = 8  # per worker, at least: in a small job, the worker with the last block works alone
@@ -75,7 +86,9 @@ class RayRunner:
             log_step("Joining the Ray cluster at %s" if joined else "Starting Ray on this machine%s", joined or "")
             _init(address)
         log_step("Starting a worker to read the checkpoints")
-        return _probe_on_a_worker(job)
+        found = _probe_on_a_worker(job)
+        wait_for_room(job)
+        return found
 
     def stream(self, parts: Iterable[Part], work: Work) -> RayStream:
         """Start a graph; results come in any order, as batches are finished.
@@ -86,9 +99,10 @@ class RayRunner:
 
     def pools(self, work: Work) -> dict[str, int]:
         """Return the number of tasks and actors that work at the same time, by what they do."""
-        if not prepares_separately(work):
-            return {"readers": _read_tasks(work), "workers": worker_count(work.job)}
-        return {"readers": _read_tasks(work), "preparers": _preparers(work), "models": worker_count(work.job)}
+        pools = pools_of(work.job, prepares_separately(work))
+        if not pools.preparers:
+            return {"readers": pools.readers, "workers": pools.workers}
+        return {"readers": pools.readers, "preparers": pools.preparers, "models": pools.workers}
 
     def metric_sinks(self) -> list[Sink]:
         """Return Ray's own exporter, or nothing where it cannot be created: no job fails for its metrics."""
@@ -100,14 +114,17 @@ class RayRunner:
 
 
 def _probe_on_a_worker(job: JobSpec) -> Capabilities:
-    gpus = _gpus_per_worker(job)
-    task = ray.remote(num_cpus=READ_CPUS, num_gpus=gpus)(_probe)
+    gpus = gpus_per_worker(job)
+    kind = weakest_gpu() if gpus else None
+    task = ray.remote(num_cpus=READ_CPUS, num_gpus=gpus)(_probe).options(accelerator_type=kind)
     try:
-        pending = task.remote(job, int(_resource("GPU")), gpus)
-        if not ray.wait([pending], timeout=FIRST_ANSWER_S)[0] and _resource("GPU") < gpus:
-            log.warning(
-                "waiting for a node with a GPU: each worker of this job needs %g, and the cluster has none yet", gpus
-            )
+        pending = task.remote(job, int(resource("GPU")), gpus)
+        if gpus and not ray.wait([pending], timeout=FIRST_ANSWER_S)[0]:
+            if resource("GPU") < gpus:
+                log.warning("waiting for a node with a GPU: each worker of this job needs %g, and the cluster has none "
+                            "yet; `resources.device: cpu` does without", gpus)  # fmt: skip
+            elif ray.available_resources().get("GPU", 0.0) < gpus:  # type: ignore[no-untyped-call]
+                log.warning("waiting: other drivers use the cluster's %g GPUs; %s", resource("GPU"), SHARE_HINT)
         result: Capabilities = ray.get(pending)
     except ray.exceptions.RayError as error:
         if isinstance(error, LOST):
@@ -196,11 +213,17 @@ class RayStream:
 
     def __init__(self, parts: list[Part], work: Work, count: int | None = None) -> None:
         """count: the number of workers; None for as many as the cluster has room for."""
-        self.parts, self.work, self.workers = parts, work, count or worker_count(work.job)
+        self.parts, self.work = parts, work
+        self.workers = count or self.pools.workers
         self.executor: Any = None
         self.is_abandoned = False
         self.grown_since: float | None = None
         self.results = self._results()
+
+    @cached_property
+    def pools(self) -> Pools:
+        """The pools that the cluster had room for when the stream began."""
+        return pools_of(self.work.job, prepares_separately(self.work))
 
     def __iter__(self) -> Iterator[Result]:
         return self
@@ -227,8 +250,8 @@ class RayStream:
         return working or "the runner, which has no task under way"
 
     def is_outgrown(self) -> bool:
-        """Return whether there has been room for more workers for a while: a graph keeps the number it started with."""
-        if worker_count(self.work.job) < GROWN * self.workers:
+        """Return whether there has been room for more actors for a while: a graph keeps the number it started with."""
+        if not self.pools.is_outgrown_by(pools_of(self.work.job, prepares_separately(self.work)), GROWN):
             self.grown_since = None
             return False
         self.grown_since = self.grown_since or time.monotonic()
@@ -271,7 +294,7 @@ class RayStream:
         return "\n".join(f"{title}\n{threads}" for title, threads in stacks.items())
 
     def _results(self) -> Generator[Result]:
-        dataset = _graph(self.parts, self.work, self.workers)
+        dataset = _graph(self.parts, self.work, replace(self.pools, workers=self.workers))
         _STARTING.stream = self
         try:
             for block in dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
@@ -301,27 +324,33 @@ def _stage(name: str) -> str:
     return "reading" if "Read" in name else "the workers' batches" if "Step" in name else name
 
 
-def _graph(parts: list[Part], work: Work, count: int) -> ray.data.Dataset:
-    handle = ray.put(work)
-    batches = _batches(parts, work, handle, count)
-    gpus = _gpus_per_worker(work.job)
-    if not prepares_separately(work):
-        cpus = 0 if gpus else min(ACTOR_CPUS * work.threads, ACTOR_CPUS * _cpus() / count)
+def _graph(parts: list[Part], work: Work, pools: Pools) -> ray.data.Dataset:
+    handle, count = ray.put(work), pools.workers
+    batches = _batches(parts, work, handle, pools)
+    gpus = gpus_per_worker(work.job)
+    if not pools.preparers:
+        cpus = 0 if gpus else min(ACTOR_CPUS * work.threads, ACTOR_CPUS * resource("CPU") / count)
         return _actors(batches, ["both", handle], count, cpus, gpus)
-    prepared = _actors(batches, ["prepare", handle], _preparers(work), cpus=ACTOR_CPUS, gpus=0)
+    prepared = _actors(batches, ["prepare", handle], pools.preparers, cpus=ACTOR_CPUS, gpus=0)
     cpus = 0 if gpus else ACTOR_CPUS
     return _actors(prepared, ["embed", handle], count, cpus, gpus, calls=LANES + 1)  # one more, to fetch its blocks
 
 
-def _batches(parts: list[Part], work: Work, handle: ray.ObjectRef[Work], count: int) -> ray.data.Dataset:
+def _batches(parts: list[Part], work: Work, handle: ray.ObjectRef[Work], pools: Pools) -> ray.data.Dataset:
     """Read the parts into a dataset with one batch per row."""
-    _tune_context(_block_bytes(parts, count))
+    _tune_context(_block_bytes(parts, pools.workers))
     items = [{"payload": pickle.dumps(part)} for part in parts]
     source = ray.data.from_items(items, override_num_blocks=min(len(items), MAX_READ_TASKS))
     return source.map_batches(
-        Read(handle, ray.remote(num_cpus=0)(Attempts).remote()), batch_size=1, batch_format="pyarrow",
-        num_cpus=READ_CPUS, compute=TaskPoolStrategy(size=_read_tasks(work)), max_retries=READ_TRIES,
+        Read(handle, _attempts()), batch_size=1, batch_format="pyarrow",
+        num_cpus=READ_CPUS, compute=TaskPoolStrategy(size=pools.readers), max_retries=READ_TRIES,
     )  # fmt: skip
+
+
+def _attempts() -> Any:
+    """Start the actor that counts attempts, on the driver's node: it then lives as long as the driver."""
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
+    return ray.remote(num_cpus=0)(Attempts).options(scheduling_strategy=here).remote()
 
 
 def prepares_separately(work: Work) -> bool:
@@ -347,41 +376,6 @@ def _actors(
         max_restarts=WORKER_TRIES,
         max_task_retries=WORKER_TRIES,
     )
-
-
-def worker_count(job: JobSpec) -> int:
-    """Return `resources.workers`, or as many as the cluster has GPUs for, or without GPUs, CPUs."""
-    if job.resources.workers != "auto":
-        return job.resources.workers
-    gpus = _gpus_per_worker(job)
-    if gpus:
-        return max(1, int(_resource("GPU") / gpus))
-    return max(1, int(_cpus()) // job.resources.threads_per_worker)
-
-
-def _preparers(work: Work) -> int:
-    models = 0.0 if _gpus_per_worker(work.job) else worker_count(work.job) * ACTOR_CPUS
-    return max(1, int(_cpus() * ACTOR_CPUS - models))
-
-
-def _gpus_per_worker(job: JobSpec) -> float:
-    wanted = job.resources.gpus_per_worker
-    if wanted != "auto":
-        return wanted
-    return 1.0 if job.resources.device != "cpu" and _resource("GPU") >= 1 else 0.0
-
-
-def _cpus() -> float:
-    return _resource("CPU")
-
-
-def _resource(name: str) -> float:
-    total: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
-    return total.get(name, 0.0)
-
-
-def _read_tasks(work: Work) -> int:
-    return max(1, int(_cpus() * (1 - ACTOR_CPUS) / READ_CPUS))
 
 
 def _block_bytes(parts: list[Part], count: int) -> int:
