@@ -22,6 +22,7 @@ from img2parquet.engine.driver import run
 from img2parquet.job import parse_job
 from img2parquet.results.reader import open_results
 from img2parquet.results.verify import find_problems
+from tests.support.patched_workers import before_each_batch
 from tests.support.ray_cluster import driver_environment
 from tests.support.small_job import job_dict, make_checkpoint, make_shards
 
@@ -153,23 +154,34 @@ def below(pid: int) -> list[int]:
     return found[1:]
 
 
-@pytest.mark.slow
-def test_a_driver_whose_raylet_dies_says_so(tmp_path: Path) -> None:
+@pytest.mark.multinode
+@pytest.mark.parametrize("process", ["raylet", "gcs_server"])
+def test_a_driver_whose_cluster_dies_says_so_and_the_next_run_resumes(process: str, tmp_path: Path) -> None:
     make_shards(tmp_path / "in", SHARDS, PER_SHARD, broken=False)
     resources = {"workers": 1, "batch_size": 4}
     checkpoint, out = make_checkpoint(tmp_path / "model"), tmp_path / "out"
     job = tmp_path / "job.yaml"
-    job.write_text(yaml.safe_dump(job_dict(f"{tmp_path}/in/*.tar", checkpoint, str(out), resources=resources)))
+    document = job_dict(f"{tmp_path}/in/*.tar", checkpoint, str(out), resources=resources)
+    job.write_text(yaml.safe_dump(document))
     environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+    environment["PYTHONPATH"] = before_each_batch(tmp_path / "site", "time.sleep(0.3)")
     command = [sys.executable, "-m", "img2parquet.cli", "run", str(job), "--runner", "ray"]
     driver = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, env=environment)
     try:
         while driver.poll() is None and not list(out.glob("model=*/*.parquet")):
             time.sleep(0.01)
         names = {pid: Path(f"/proc/{pid}/comm").read_text().strip() for pid in below(driver.pid)}
-        os.kill(next(pid for pid, name in names.items() if name == "raylet"), signal.SIGKILL)
+        os.kill(next(pid for pid, name in names.items() if name == process), signal.SIGKILL)
         _, said = driver.communicate(timeout=300)
     finally:
         driver.kill()
+    committed = len(Output.at(str(out)).part_files())
     assert driver.returncode == 1 and b"\nerror: " in said, said.decode()
-    assert b"run the same command again" in said
+    last = said.decode().rpartition("\nerror: ")[2]
+    assert "run the same command again" in last and "\nhint: " in last and "Traceback" not in said.decode(), (
+        said.decode()
+    )
+    assert 0 < committed < SHARDS, "it was over before its cluster went"
+    summary = run(parse_job(document), "local")
+    assert summary.parts_done_before == committed and find_problems(Output.at(str(out))) == []
+    assert open_results(str(out)).count_rows() == SHARDS * PER_SHARD

@@ -29,6 +29,26 @@ INFRA = Path(__file__).parents[2] / "infra"
 KUBERAY, AWS = INFRA / "kuberay", INFRA / "cluster" / "aws.yaml"
 SCHEMA = json.loads(Path(__file__).with_name("rayjob.schema.json").read_text())
 PODS = ["head", "cpu", "gpu"]
+# like the command: a supervisor passes signals on to a fork, to which a second SIGTERM would mean to quit at once
+DRIVER = """
+import os, signal, sys, time
+child = os.fork()
+heard = []
+def stop(*_):
+    heard.append(1)
+    if child:
+        os.kill(child, signal.SIGTERM)
+        sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+    time.sleep(1)
+    sys.exit(143 if len(heard) == 1 else 1)
+signal.signal(signal.SIGTERM, stop)
+if child:
+    time.sleep(0.2)
+    print("up", flush=True)
+else:
+    os.setpgid(0, 0)
+time.sleep(60)
+"""
 
 
 def rayjob() -> dict[str, Any]:
@@ -115,10 +135,7 @@ def test_the_head_hands_sigterm_to_the_driver_alone(tmp_path: Path) -> None:
     _, *arguments = container["lifecycle"]["preStop"]["exec"]["command"]
     assert head["terminationGracePeriodSeconds"] > 45 > load_job(KUBERAY / "job.yaml").resources.grace_s
     driver = tmp_path / "img2parquet"
-    code = (
-        "import signal, sys, time; signal.signal(15, lambda *_: (time.sleep(1), sys.exit(143))); print('up', flush=1)"
-    )
-    driver.write_text(f"#!{sys.executable}\n{code}; time.sleep(60)\n")
+    driver.write_text(f"#!{sys.executable}\n{DRIVER}")
     driver.chmod(0o755)
     started = [
         subprocess.Popen([driver, command], stdout=subprocess.PIPE, start_new_session=True)
@@ -129,7 +146,7 @@ def test_the_head_hands_sigterm_to_the_driver_alone(tmp_path: Path) -> None:
     reaper = threading.Thread(target=started[0].wait)  # as the job's supervisor
     reaper.start()
     stop = subprocess.run([sys.executable, *arguments], timeout=60)
-    reaper.join(10)
+    reaper.join(30)
     assert stop.returncode == 0 and started[0].returncode == 143 and started[1].poll() is None
     started[1].kill()
     started[1].wait()
