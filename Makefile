@@ -65,8 +65,8 @@ bench: $(STAMP)  ## compare the speed of models, decoding and whole jobs with al
 	$(BIN)/python -m pip install --quiet --constraint infra/constraints.txt --editable '.[bench]'
 	$(BIN)/python -m infra.bench
 
-bench-gpu: $(STAMP)  ## measure how well one GPU is kept busy: the model alone, fed from memory, fed from shards
-	$(BIN)/python -m infra.bench gpu --out infra/bench/results
+bench-gpu: $(STAMP)  ## test and measure one GPU, in 8 minutes: the model alone, fed from memory, fed from shards
+	timeout --kill-after=10 600 $(BIN)/python -m infra.bench gpu --out infra/bench/results
 
 parity: $(STAMP)  ## compare every published model at full depth with the reference (25 minutes, 15 GB of memory)
 	$(BIN)/python -m tests.harness.parity.parity

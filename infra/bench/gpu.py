@@ -1,7 +1,9 @@
 """Measure how well one GPU is kept busy: the model alone, fed from memory, fed from shards; with NVML's utilisation.
 
-    python -m infra.bench gpu [--device cuda] [--seconds 10] [--only levit-128S ...] [--out FOLDER]     make bench-gpu
+    python -m infra.bench gpu [--minutes 8] [--device cuda] [--only levit-128S ...] [--out FOLDER]     make bench-gpu
 
+    tests         tests/inference/test_gpu.py, first: numbers of a wrong result are of no use
+    card          what it measures for a plain product of matrices, and copies on it, to it and from it
     model only    uint8 crops already on the device, batch after batch, as a CUDA graph where that is faster
     decoding      JPEG bytes in memory -> uint8 crops, by all workers, without a model
     memory        JPEG bytes in memory -> crops -> columns of the result, by the local runner's own threads
@@ -10,6 +12,9 @@
 
 * bfloat16 and channels last, random weights; batch sizes as `batch_size: auto` finds them.
 * A GPU is fed where decoding is faster than the model: the floor is 90 % of the slower of both.
+* It ends in time: each way gets its share of the minutes that are left, and the page is written after every model, with
+  what was not measured named.
+* `TFLOP/s` is what the model alone computes: two operations for each of the multiplications that its authors count.
 * `--device cpu` runs the same code without a GPU, to see that it works.
 * A machine without this project needs torch, pyarrow, numpy, Pillow, scikit-image, scikit-learn, fsspec, PyYAML and
   safetensors, and as wheels, with what they depend on, pydantic and simplejpeg: `pip download --only-binary :all:` for
@@ -21,7 +26,9 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import statistics
+import subprocess
 import sys
 import tarfile
 import tempfile
@@ -57,7 +64,15 @@ if TYPE_CHECKING:
 FLOOR = 0.9
 TOLERANCE = 0.15  # of the largest value, from float32 on the CPU: bfloat16 moves a random BiT by a tenth
 IMAGES = ImageSet("imagenet-like", 512, (420, 375), 0.2, 10.0, (85, 96))
-COLUMNS = ("model", "batch", "way", "images/s", "x model only", "x slower of model, decoding", "GPU busy", "difference")
+COLUMNS = (
+    "model", "batch", "way", "images/s", "x model only", "x slower of model, decoding", "GPU busy", "TFLOP/s",
+    "difference",
+)  # fmt: skip
+WAYS = 5
+BESIDE_S = 12.0  # of a model, besides its ways: loading it six times, and finding its batch size
+LEAST_S = 1.0  # of a way
+TESTS_S = 120.0
+ROOT = Path(__file__).parents[2]
 LOOK_S = 0.1  # between two looks at the GPU
 
 
@@ -85,7 +100,8 @@ SUBJECTS = (
 class Settings:
     device: str = "cuda"
     dtype: str = "bfloat16"
-    seconds: float = 10.0  # of each way, at least
+    seconds: float = 10.0  # of each way, at most, and hardly less while there is time
+    minutes: float = 8.0  # of everything
     workers: int = field(default_factory=lambda: len(os.sched_getaffinity(0)))
     images: int = IMAGES.count  # distinct
 
@@ -107,10 +123,48 @@ class Measured:
         return self.rates[way].images_per_s / min(self.rates[other].images_per_s for other in of)
 
 
+class TimeIsUp(BaseException):
+    """Raised in the main thread at the deadline, past whatever handles exceptions."""
+
+
+class Deadline:
+    """Divide the time that is left among the models that are left."""
+
+    def __init__(self, minutes: float) -> None:
+        self.end = time.monotonic() + 60 * minutes
+
+    @property
+    def left_s(self) -> float:
+        return self.end - time.monotonic()
+
+    def seconds_of_a_way(self, models_left: int, most: float) -> float | None:
+        """Return how long each way of the next model may take; None where it cannot be measured in time."""
+        seconds = (self.left_s / models_left - BESIDE_S) / WAYS
+        if seconds < LEAST_S:  # a few models well, rather than all of them badly
+            seconds = min(LEAST_S, (self.left_s - BESIDE_S) / WAYS)
+        return None if seconds < LEAST_S else min(most, seconds)
+
+    @contextmanager
+    def kept(self) -> Iterator[None]:
+        """Raise TimeIsUp inside when the time is over, also where something hangs."""
+
+        def over(*_: object) -> None:
+            raise TimeIsUp
+
+        before = signal.signal(signal.SIGALRM, over)
+        signal.setitimer(signal.ITIMER_REAL, max(0.01, self.left_s))
+        try:
+            yield
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            signal.signal(signal.SIGALRM, before)
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda", help="cuda, or cpu to see that it works")
-    parser.add_argument("--seconds", type=float, default=Settings.seconds, help="of each way, at least")
+    parser.add_argument("--minutes", type=float, default=Settings.minutes, help="it ends within them")
+    parser.add_argument("--seconds", type=float, default=Settings.seconds, help="of each way, at most")
     parser.add_argument("--images", type=int, default=Settings.images, help="distinct JPEGs")
     parser.add_argument("--only", nargs="+", default=[], metavar="MODEL")
     parser.add_argument("--out", type=Path, default=Path("out/bench"), help="folder for the results")
@@ -119,29 +173,109 @@ def main(arguments: list[str] | None = None) -> int:
     if unknown := sorted(set(options.only) - set(known)):
         parser.error(f"unknown model {', '.join(unknown)}; known: {', '.join(known)}")
     subjects = [subject for subject in SUBJECTS if not options.only or subject.name in options.only]
-    made = report(Settings(options.device, seconds=options.seconds, images=options.images), subjects)
+    settings = Settings(options.device, seconds=options.seconds, minutes=options.minutes, images=options.images)
+    made = None
+    for made in reports(settings, subjects):
+        written = made.write(options.out)
+    assert made
     print(made.markdown())
-    print(f"written: {', '.join(map(str, made.write(options.out)))}")
+    print(f"written: {', '.join(map(str, written))}", flush=True)
+    if threading.active_count() > 1 and not made.agrees:  # one may hang in a driver
+        os._exit(1)
     return 0 if made.agrees else 1
 
 
-def report(settings: Settings, subjects: Sequence[Subject] = SUBJECTS) -> Report:
-    files = generate(IMAGES, settings.images)
-    rows, bars, agrees = list[Sequence[str]](), list[Bar](), True
-    for subject in subjects:
-        measured = measure(subject, settings, files)
-        print(f"{subject.name}: {measured}", file=sys.stderr, flush=True)
-        rows += table(subject, measured)
-        bars += bars_of(subject, measured)
-        agrees = agrees and measured.difference <= TOLERANCE
+def reports(settings: Settings, subjects: Sequence[Subject] = SUBJECTS) -> Iterator[Report]:
+    """Yield the page of what is measured so far: of the card, then after each model."""
+    deadline = Deadline(settings.minutes)
+    passed, said = run_tests(settings, deadline)
+    rows, bars, agrees, missing = list[Sequence[str]](), list[Bar](), passed, [subject.name for subject in subjects]
     about = [
         f"{device_name(settings.device)}; {machine.cpu()}; {settings.workers} decoding workers",
         machine.versions(("torch", "pyarrow", "numpy")),
-        f"{settings.dtype}, random weights; each way at least {settings.seconds:g} s; {describe(files)}",
-        "the floor is for the slower of the model alone and decoding alone: who outruns decoding cannot be fed",
-        "`difference`: the largest, of one batch, from float32 on the CPU, relative to the largest value",
+        f"tests: {said}",
     ]
-    return Report("gpu", f"One worker's models, fed: {settings.device}", about, COLUMNS, rows, bars, agrees)
+
+    def page() -> Report:
+        left = [f"**not measured in {settings.minutes:g} minutes: {', '.join(missing)}**"] if missing else []
+        title = f"One worker's models, fed: {settings.device}"
+        return Report("gpu", title, [*about, *left], COLUMNS, list(rows), list(bars), agrees)
+
+    yield page()
+    try:
+        with deadline.kept():
+            about.append(card(settings))
+            files = generate(IMAGES, settings.images)
+            about += [
+                f"{settings.dtype}, random weights; each way at most {settings.seconds:g} s; {describe(files)}",
+                "the floor is for the slower of the model alone and decoding alone: who outruns decoding cannot be fed",
+                "`difference`: the largest, of one batch, from float32 on the CPU, relative to the largest value",
+            ]
+            for number, subject in enumerate(subjects):
+                seconds = deadline.seconds_of_a_way(len(subjects) - number, settings.seconds)
+                if seconds is None:
+                    break
+                measured = measure(subject, replace(settings, seconds=seconds), files)
+                print(f"{subject.name}: {measured}", file=sys.stderr, flush=True)
+                missing.remove(subject.name)
+                rows += table(subject, measured)
+                bars += bars_of(subject, measured)
+                agrees = agrees and measured.difference <= TOLERANCE
+                yield page()
+    except TimeIsUp:
+        print(f"the {settings.minutes:g} minutes are over", file=sys.stderr, flush=True)
+    agrees = agrees and bool(rows)
+    yield page()
+
+
+def run_tests(settings: Settings, deadline: Deadline) -> tuple[bool, str]:
+    """Run the tests that need a GPU; return whether none failed, and pytest's last line."""
+    if settings.device == "cpu":
+        return True, "none, without a GPU"
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/inference/test_gpu.py"]
+    try:
+        ran = subprocess.run(
+            command, cwd=ROOT, capture_output=True, text=True, timeout=min(TESTS_S, deadline.left_s / 3)
+        )
+    except subprocess.TimeoutExpired:
+        return False, "tests/inference/test_gpu.py did not end in time"
+    print(ran.stdout[-4000:], ran.stderr[-1000:], file=sys.stderr, flush=True)
+    lines = [line for line in ran.stdout.splitlines() if line.strip()]
+    return ran.returncode == 0, lines[-1] if lines else f"pytest ended with {ran.returncode}: {ran.stderr[-200:]}"
+
+
+def card(settings: Settings, side: int = 8192, copied_bytes: int = 1 << 28) -> str:
+    """Measure what the device itself gives: a product of matrices, and copies on it, to it and from it."""
+    import torch
+
+    from img2parquet.inference.device import open_device
+
+    api = open_device(settings.device).api
+    side, copied_bytes = (side, copied_bytes) if api else (256, 1 << 20)
+    x = torch.ones((side, side), dtype=getattr(torch, settings.dtype), device=settings.device)
+    there = torch.empty(copied_bytes, dtype=torch.uint8, device=settings.device)
+    host = torch.empty(copied_bytes, dtype=torch.uint8, pin_memory=api is not None)
+    other = torch.empty_like(there)
+
+    def per_s(call: Callable[[], Any]) -> float:
+        call()
+        wait = api.synchronize if api else lambda: None
+        wait()
+        started, calls = time.perf_counter(), 0
+        while time.perf_counter() - started < min(1.0, settings.seconds):
+            for _ in range(4):
+                call()
+            wait()
+            calls += 4
+        return calls / (time.perf_counter() - started)
+
+    gigabytes = copied_bytes / 1e9
+    return (
+        f"card: {2 * side**3 * per_s(lambda: x @ x) / 1e12:,.1f} TFLOP/s in {settings.dtype}; copies of "
+        f"{2 * gigabytes * per_s(lambda: other.copy_(there)):,.0f} GB/s on it (read and written), "
+        f"{gigabytes * per_s(lambda: there.copy_(host, non_blocking=True)):,.1f} GB/s to it, "
+        f"{gigabytes * per_s(lambda: host.copy_(there, non_blocking=True)):,.1f} GB/s from it"
+    )
 
 
 def measure(subject: Subject, settings: Settings, files: Sequence[bytes]) -> Measured:
@@ -390,10 +524,17 @@ def table(subject: Subject, measured: Measured) -> list[Sequence[str]]:
             f"{measured.share(way, 'model only'):.2f}",
             f"{measured.share(way, 'model only', 'decoding'):.2f}",
             "" if rate.busy is None else f"{rate.busy:.0%}",
+            f"{rate.images_per_s * 2 * gmacs(subject) / 1e3:,.2f}" if way == "model only" else "",
             f"{measured.difference:.1e}" if way == "model only" else "",
         )
         for way, rate in measured.rates.items()
     ]
+
+
+def gmacs(subject: Subject) -> float:
+    from img2parquet.models import published
+
+    return next(entry.gmacs for _, entry in published() if entry.repo == subject.repo)
 
 
 def bars_of(subject: Subject, measured: Measured) -> list[Bar]:

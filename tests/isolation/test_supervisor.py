@@ -68,7 +68,7 @@ def wait_for(lives: Path) -> int:
 
 @pytest.mark.parametrize("code", [0, 1, 2, 130, 143])
 def test_the_exit_code_and_the_output_are_the_drivers(lives: Path, code: int) -> None:
-    ended, out, err = run(lives, f"print('said'); sys.exit({code})")
+    ended, out, err = run(lives, f"print('said'); flight.ends_by_itself(); sys.exit({code})")
     assert (ended, out, err) == (code, f"said\nsupervisor {code}\n", "")
     assert len(lives.read_text().split()) == 1
 
@@ -276,3 +276,10 @@ def test_a_driver_may_write_to_a_terminal_that_stops_background_jobs(lives: Path
         os.waitpid(pid, 0)
         os.close(terminal)
     assert out.splitlines() == [b"written", b"supervisor 0"]
+
+
+@pytest.mark.parametrize(("body", "is_told"), [("os._exit(1)", True), ("flight.ends_by_itself(); os._exit(1)", False)])
+def test_a_driver_that_ends_without_a_word_is_told(body: str, is_told: bool, lives: Path) -> None:
+    """`--runner auto` may have started Ray, which ends the driver by `_exit(1)` when its raylet has died."""
+    code, _, err = run(lives, f"flight.committed(3); {body}")
+    assert code == 1 and ("error: the driver ended without a word" in err) == is_told

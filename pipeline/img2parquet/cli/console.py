@@ -22,7 +22,7 @@ from img2parquet.inference.allocator import share_one_arena
 from img2parquet.isolation.sudden_end import report_sudden_end
 from img2parquet.isolation.supervisor import supervise
 from img2parquet.runners import RUNNERS, needs_cluster
-from img2parquet.telemetry import logs
+from img2parquet.telemetry import flight_recorder, logs
 
 DONE, FAILED, MISUSE = 0, 1, 2
 RUN_EXAMPLES = """examples:
@@ -57,6 +57,7 @@ def _main(argv: Sequence[str] | None, arguments: argparse.Namespace) -> int:
         arguments.signals = signals
         code = _run_command(arguments)
         signals.before_exit()
+        flight_recorder.ends_by_itself()
     if any(hangs() for hangs in LEFT_BEHIND):  # these threads have made nothing visible yet
         sys.stdout.flush()
         sys.stderr.flush()

@@ -22,6 +22,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from img2parquet.isolation.sudden_end import ERROR as WITHOUT_A_WORD
 from img2parquet.telemetry import flight_recorder, logs
 from img2parquet.telemetry.flight_recorder import Activity, DeadlineWatcher, Record, Suspects
 
@@ -63,6 +64,8 @@ def supervise() -> int | None:
         ended = driver.wait()
         if ended.code >= 0 or ended.is_intended or -ended.code not in ACCIDENTS:
             signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+            if ended.code == 1 and not (ended.is_intended or record.ends_by_itself):
+                _print(WITHOUT_A_WORD)
             return _end_the_same_way(ended.code)
         deaths = 1 if record.parts_committed else deaths + 1
         if deaths >= DEATHS:

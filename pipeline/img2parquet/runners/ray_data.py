@@ -396,7 +396,7 @@ def _tune_context(block_bytes: int) -> None:
     context.execution_no_progress_timeout_s = (
         24 * 3600
     )  # the wait for a GPU may be long; our stall detector watches the parts
-    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # it logs tracebacks of what we report in a line
 
 
 def _cause(error: BaseException) -> Img2ParquetError | WorkersLost:

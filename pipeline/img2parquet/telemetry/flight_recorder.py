@@ -24,7 +24,7 @@ STAGES = ("nothing", "read", "decode", "embed")
 NO_LIMIT_S = float("inf")
 SLOTS = 1024  # a thread beyond them is not recorded
 
-_HEAD = struct.Struct("=q")  # parts committed
+_HEAD = struct.Struct("=qq")  # parts committed; 1 once the process is about to end by itself
 _SLOT = struct.Struct("=qqqqqdd")  # stage, part, k, row, turn, limit_s, started
 
 
@@ -75,7 +75,15 @@ class Record:
 
     @parts_committed.setter
     def parts_committed(self, parts: int) -> None:
-        _HEAD.pack_into(self.memory, 0, parts)
+        _HEAD.pack_into(self.memory, 0, parts, 0)
+
+    @property
+    def ends_by_itself(self) -> bool:
+        return bool(_HEAD.unpack_from(self.memory)[1])
+
+    def end(self) -> None:
+        """Note that the process has said its last word."""
+        _HEAD.pack_into(self.memory, 0, self.parts_committed, 1)
 
     def clear(self) -> None:
         """Reset everything for the next process."""
@@ -212,3 +220,9 @@ def committed(parts: int) -> None:
     """Tell the supervising process how many parts this process has committed."""
     if _record:
         _record.parts_committed = parts
+
+
+def ends_by_itself() -> None:
+    """Tell the supervising process that this one ends after its last word, whatever its exit code."""
+    if _record:
+        _record.end()
