@@ -91,8 +91,8 @@ def block() -> str:
     network = NETWORK_BYTES_PER_S / CROP_BYTES
     return (
         f"{BEGIN}\nWith {H200.cpus} CPUs for each H200 and {L4.cpus} for each L4:\n\n"
-        f"`images/s = min(GPUs x CPUs x {decoded:,.0f}, GPUs x {network:,.0f}, GPUs x model, drivers x {committed:,.0f})`"
-        f"\n\n{table()}\n{END}"
+        f"`images/s = min(GPUs x CPUs x {decoded:,.0f}, GPUs x {network:,.0f}, GPUs x model, "
+        f"drivers x {committed:,.0f})`\n\n{table()}\n{END}"
     )
 
 
