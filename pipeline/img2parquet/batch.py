@@ -22,6 +22,7 @@ from img2parquet.errors import PartFailed, StorageError
 from img2parquet.images.preprocess import PreprocessSettings
 from img2parquet.job import JobSpec
 from img2parquet.models import Card
+from img2parquet.models.prompts import ClassWeights
 from img2parquet.read import Source, read_part
 from img2parquet.schema import Part, Reject, Row
 from img2parquet.telemetry.logs import LogAs
@@ -39,6 +40,7 @@ class Work:
     batch_size: int
     threads: int
     most_rows: int = 1 << 62  # limit for a part whose rows only reading can count
+    class_weights: Mapping[str, ClassWeights] = field(default_factory=dict)  # of models whose classes are prompts
     log_as: LogAs = field(default_factory=LogAs)
 
 

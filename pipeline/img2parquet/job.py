@@ -19,15 +19,18 @@ from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
+    SerializerFunctionWrapHandler,
     ValidationError,
     field_serializer,
     field_validator,
+    model_serializer,
     model_validator,
 )
 
 from img2parquet.errors import InputError, JobError, nearest
 from img2parquet.images import decode
 from img2parquet.models import Mode, ModelSpec
+from img2parquet.models.prompts import PLAIN, ClassPrompts, class_prompts
 from img2parquet.outputs import OUTPUTS, Output
 from img2parquet.read import SOURCES, Source
 from img2parquet.read.settings import LISTS, StorageOptions
@@ -94,6 +97,43 @@ class ModelJob(Settings):
         description="`random(seed)`: use a published architecture with seeded random weights, for rehearsals and "
         "benchmarks",
     )
+
+    prompts: str | tuple[str, ...] | dict[str, str | tuple[str, ...]] | None = Field(
+        default=None,
+        description="Classes described by words, which make a CLIP or SigLIP a classifier for `labels` and `logits`: "
+        "names; or, by class, one or several prompts; or the path or URI of a file with either",
+    )
+    templates: str | tuple[str, ...] = Field(
+        default=PLAIN,
+        description="Sentences with `{}` that turn the names of `prompts` into prompts: `plain`, `imagenet` (80), or a "
+        "list",
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _read_prompts(cls, values: Any) -> Any:
+        """Replace `prompts` by the prompts of each class, so that the run's record and identity hold them."""
+        if not isinstance(values, dict) or values.get("prompts") is None:
+            if isinstance(values, dict) and "templates" in values and values["templates"] != PLAIN:
+                raise ValueError("`templates` needs `prompts`")
+            return values
+        try:
+            found = class_prompts(values["prompts"], values.get("templates", PLAIN))
+        except InputError as error:
+            raise ValueError(str(error)) from None
+        by_name = dict(zip(found.names, found.prompts, strict=True))
+        return {**values, "prompts": by_name, "templates": PLAIN}
+
+    @property
+    def class_prompts(self) -> ClassPrompts | None:
+        return None if self.prompts is None else class_prompts(self.prompts)
+
+    @model_serializer(mode="wrap")
+    def _without_prompts(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leave out what is not said, and templates that are filled in: records from before stay as they are."""
+        values: dict[str, Any] = serialize(self)
+        left_out = ("templates",) if self.prompts else ("prompts", "templates")
+        return {name: value for name, value in values.items() if name not in left_out}
 
     @model_validator(mode="before")
     @classmethod
@@ -254,7 +294,14 @@ class JobSpec(Settings):
 
     def spec_of(self, model: ModelJob) -> ModelSpec:
         """Return one of the job's models without its outputs, as `load_model` and `read_card` take it."""
-        return ModelSpec(model.model, model.name, model.image_size, model.weights, preprocess=self.preprocess)
+        return ModelSpec(
+            model.model,
+            model.name,
+            model.image_size,
+            model.weights,
+            prompts=model.class_prompts,
+            preprocess=self.preprocess,
+        )
 
     @model_validator(mode="after")
     def _check(self) -> JobSpec:

@@ -42,6 +42,7 @@ def identity(job: JobSpec, model: ModelJob, card: Card, dtype: str, beside: Iter
         **({"reduces_labels": True} if card.reduces_labels else {}),
         **_score_functions(model, card),
         **_auxiliary_loss(model, card),
+        **({"prompts": card.prompts} if card.prompts else {}),
         **({"implementation": card.implementation} if card.implementation != "native" else {}),
     }
 

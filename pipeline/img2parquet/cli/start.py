@@ -53,6 +53,7 @@ TASKS = {
         "compute the class of each pixel",
     ),
 }
+KNOWS_WORDS = "openai/clip-vit-base-patch32"
 INIT_EXAMPLE = """examples:
   img2parquet init photos/
   img2parquet init list.csv --task label --to s3://photos/labels --job labels.yaml"""
@@ -73,6 +74,11 @@ def add_commands(
         parser.set_defaults(task=name, is_supervised=True, shard=None, extend=False)
         _add_sources(parser, task.model)
         parser.add_argument("--to", required=True, metavar="OUT", help="the folder or prefix for the results")
+        if name == "label":
+            parser.add_argument(
+                "--prompts", metavar="FILE", help="label by words: a file with one class a line, or JSON or YAML of "
+                f"{{class: [prompts]}} (default of --model: {KNOWS_WORDS}); the vectors are written too",
+            )  # fmt: skip
         parser.add_argument("--set", action="append", default=[], metavar="A.B=C", help="set any field of the job")
         add_run_options(parser)
     init = add(commands, "init", _init, "write a commented job file for the images at hand")
@@ -102,7 +108,7 @@ def _write_job(arguments: argparse.Namespace) -> str:
 
     task = TASKS[arguments.task]
     found = _recognized(arguments.source, task)
-    document = _document(found, task, arguments.model, arguments.to)
+    document = _document(found, task, arguments.model, arguments.to, getattr(arguments, "prompts", None))
     for text in arguments.set:
         override(document, text)
     arguments.set = []
@@ -136,9 +142,13 @@ def _recognized(sources: Sequence[str], task: Task) -> Recognized:
     return found
 
 
-def _document(found: Recognized, task: Task, model: str | None, to: str) -> dict[str, Any]:
-    name = model or task.model
-    models = [{"model": _resolved(name) if Path(name).is_dir() else name, "outputs": list(map(dict, task.outputs))}]
+def _document(found: Recognized, task: Task, model: str | None, to: str, prompts: str | None = None) -> dict[str, Any]:
+    name = model or (KNOWS_WORDS if prompts else task.model)
+    outputs: list[Any] = list(map(dict, task.outputs))
+    models = [{"model": _resolved(name) if Path(name).is_dir() else name, "outputs": outputs}]
+    if prompts:
+        models[0]["prompts"] = _resolved(prompts)
+        outputs.append({"kind": "embedding", "normalize": "l2"})
     return {"input": found.input, "models": models, "output": {"uri": _resolved(to)}}
 
 

@@ -14,6 +14,7 @@
     session_metrics    turns these counts into samples for Prometheus
     measure            times a sample of a job and estimates the whole, without writing anything
     pixel_drift        compares the two kinds of `preprocess` on the sample's images
+    class_weights      makes the classifiers of models whose classes are prompts, once for an output
     sample_source      cuts each part short for `measure`, and estimates how many images it has
 
 Ray 2.60 and other libraries have an answer to much of this. Why ours stays:

@@ -19,6 +19,7 @@ from img2parquet.dataset.generations import Extension, History, describe, of_gen
 from img2parquet.dataset.packed_parts import Parts
 from img2parquet.dataset.plan import Plan, cut_whole_input, identities, make_plan, most_rows
 from img2parquet.dataset.slices import WHOLE, Slice, announce, left_by_slice, parse_slice
+from img2parquet.engine.class_weights import stored_class_weights
 from img2parquet.engine.graceful_stop import StopSignals
 from img2parquet.engine.run_report import Tally
 from img2parquet.engine.session import Session
@@ -108,7 +109,7 @@ def run(
     ids = identities(job, probe.cards, probe.dtype)
     plan, digest = output.begin(ids, lambda: make_plan(job, probe.cards, probe.dtype, parts))
     record = output.record_run(_record(job, plan, digest, probe))
-    work = make_work(job, probe, record)
+    work = make_work(job, probe, record, output)
     files = complete if complete else output.files()
     history = read_history(output, plan, files)
     session = _session(output, plan, work, files, on_change, own)
@@ -209,8 +210,9 @@ def _log_notes(probe: Capabilities) -> None:
             log.warning("model `%s`: %s", name, note)
 
 
-def make_work(job: JobSpec, probe: Capabilities, record: Mapping[str, Any]) -> Work:
-    """Describe the work to the workers. record: of the run, or of a retry."""
+def make_work(job: JobSpec, probe: Capabilities, record: Mapping[str, Any], output: Output) -> Work:
+    """Describe the work to the workers. record: of the run, or of a retry. Raises StorageError when what the output
+    stores for them is damaged."""
     return Work(
         job,
         probe.cards,
@@ -219,6 +221,7 @@ def make_work(job: JobSpec, probe: Capabilities, record: Mapping[str, Any]) -> W
         batch_size=record["batch_size"],
         threads=record["threads_per_worker"],
         most_rows=most_rows(job, probe.cards),
+        class_weights=stored_class_weights(job, probe.cards, output),
         log_as=set_run(record["plan_sha256"]),
     )
 

@@ -80,7 +80,7 @@ def retry(
     plan, digest = start_retry(output, before, planned, wanted)
     record = output.record(of_generation(RUN, plan.generation), _record(plan, digest, probe, recorded))
     files = output.files()
-    session = RetrySession(output, plan, _work(job, probe, plan, record), files, on_change)
+    session = RetrySession(output, plan, _work(job, probe, plan, record, output), files, on_change)
     if signals:
         signals.listen()
     session.run(module, signals)
@@ -183,12 +183,12 @@ def _record(plan: RetryPlan, digest: str, probe: Capabilities, recorded: Mapping
     }
 
 
-def _work(job: JobSpec, probe: Capabilities, plan: RetryPlan, record: Mapping[str, Any]) -> Work:
+def _work(job: JobSpec, probe: Capabilities, plan: RetryPlan, record: Mapping[str, Any], output: Output) -> Work:
     """Describe the work for the models that have rejects. With `preprocess: fast`, how images are decoded depends on
     all models of the job, so the cards of all are kept."""
     models = tuple(model for model in job.models if model.name in plan.models)
     cards = {name: card for name, card in probe.cards.items() if job.preprocess == "fast" or name in plan.models}
-    return make_work(job.model_copy(update={"models": models}), replace(probe, cards=cards), record)
+    return make_work(job.model_copy(update={"models": models}), replace(probe, cards=cards), record, output)
 
 
 def _nothing_to_retry(output: Output, history: History) -> RetrySummary:

@@ -136,7 +136,8 @@ class Embedder:
         self.work, self.device = work, device or open_device(work.device)
         self.models: list[tuple[ModelJob, ModelExecutor]] = []
         for wanted in work.job.models:
-            model = load_model(work.job.spec_of(wanted), dtype=work.dtype, device=work.device)
+            spec = replace(work.job.spec_of(wanted), class_weights=work.class_weights.get(wanted.name))
+            model = load_model(spec, dtype=work.dtype, device=work.device)
             self.models.append((wanted, ModelExecutor(model, wanted.outputs, work.batch_size, self.device)))
 
     def __call__(self, prepared: Prepared) -> Embedded | Failed:

@@ -29,6 +29,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from img2parquet.images.preprocess import PreprocessSettings
+from img2parquet.models.prompts import ClassPrompts, ClassWeights
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -115,6 +116,7 @@ class TextFamily:
     build: Callable[[Mapping[str, Any], frozenset[str]], Any]
     fold: Callable[[Any, Any], Callable[[Tensor], Tensor]]
     PREFIX: str = ""
+    problem: str = "single_label_classification"  # `problem_type` of classes that are prompts
 
 
 @dataclass(frozen=True)
@@ -146,6 +148,8 @@ class ModelSpec:
     preprocess: Mode = (
         "exact"  # "pil": the pixels of the processor's PIL backend, or of timm; "fast" changes no setting
     )
+    prompts: ClassPrompts | None = None  # classes described by words, for a model with a text tower
+    class_weights: ClassWeights | None = field(default=None, compare=False)  # computed before, of these prompts
 
     @property
     def resolved_name(self) -> str:
@@ -173,6 +177,7 @@ class Card:
     reduces_labels: bool = False  # the processor treats class 0 of a segmentation's ground truth as background
     maskable_patches: int = 0  # patches that a mask may hide, row by row; 0 without a mask token
     has_text: bool = False  # a text tower, for prompts
+    prompts: str = ""  # digest of the prompts that its classes are, and of the tokenizer that reads them
     implementation: str = "native"  # or whose code computes it, with its version: see external.py
 
 

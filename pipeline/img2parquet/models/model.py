@@ -6,6 +6,7 @@ Shapes: B batch, H W the model's input size, C channels.
 from __future__ import annotations
 
 import difflib
+import hashlib
 import importlib
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -32,9 +33,11 @@ from img2parquet.models.family import FAMILIES, Backbone, Card, Family, ModelSpe
 from img2parquet.models.hub import CONFIG, OPEN_CLIP_CONFIG, find
 from img2parquet.models.open_clip import read_open_clip
 from img2parquet.models.processor import Processor, open_processor, pixels_of, read_processor
+from img2parquet.models.prompts import ClassPrompts
 from img2parquet.models.tensors import as_tensor
 from img2parquet.models.text import Text, Tokenizer
 from img2parquet.models.two_towers import TextTower
+from img2parquet.models.zero_shot import ZeroShot
 from img2parquet.schema import Pixels, Rejection
 
 if TYPE_CHECKING:
@@ -168,6 +171,7 @@ class Opened:
     reduces_labels: bool = False
     notes: tuple[str, ...] = ()  # what was assumed about its images
     folder: Path | None = None  # None: random weights
+    prompts: ClassPrompts | None = None
 
     @cached_property
     def module(self) -> Backbone:
@@ -205,7 +209,8 @@ class Opened:
         module.to(device)
         with torch.no_grad():
             tower = of_text.fold(module, dtype) if fast else module.to(dtype)
-        return Text(Tokenizer(self.folder, self.source, module.settings), tower, device, scale, bias)
+        tokenizer = Tokenizer(self.folder, self.source, module.settings)
+        return Text(tokenizer, tower, device, scale, bias, of_text.problem)
 
     def card(self) -> Card:
         """Describe the model. Raises CheckpointError when the weights do not fit config.json."""
@@ -213,6 +218,8 @@ class Opened:
         if self.text_module is not None:
             self.weights.check(self.text_module, cast(Any, self.family).TEXT)
         gives = self.module.gives()
+        if self.prompts is not None:
+            return self._card_of_prompts(self.prompts, replace(self, prompts=None).card())
         labels = known_labels(self.config) if {"logits", "segmentation"} & gives.keys() else ()
         module_notes: tuple[str, ...] = getattr(self.module, "notes", ())
         return Card(
@@ -232,6 +239,33 @@ class Opened:
             has_text=self.text_module is not None,
         )
 
+    def _card_of_prompts(self, prompts: ClassPrompts, card: Card) -> Card:
+        """Describe the model as a classifier of these prompts.
+
+        Raises OutputUnavailable for one that knows no words, and InputError for a prompt that it cannot read."""
+        if self.text_module is None or "pooled" not in card.gives:
+            message = f"`prompts`: model `{card.name}` ({card.family}) has no text tower"
+            raise OutputUnavailable(message, hint="use a whole CLIP or SigLIP; `img2parquet models` lists them")
+        if "logits" in card.gives:
+            message = f"`prompts`: model `{card.name}` has classes of its own"
+            raise OutputUnavailable(message, hint="remove `prompts`, or use the model that it was made from")
+        problem = cast(Any, self.family).TEXT.problem
+        prompts.check_choice(problem)
+        tokenizer = Tokenizer(self.folder, self.source, self.text_module.settings)
+        tokenizer(prompts.all)
+        digest = hashlib.sha256(f"{prompts.sha256} {tokenizer.sha256}".encode()).hexdigest()
+        names = {str(id): name for id, name in enumerate(prompts.names)}
+        config = {**self.config, "id2label": names, "problem_type": problem}
+        note = f"its {len(names)} classes are {len(prompts.all)} prompts"
+        return replace(
+            card,
+            config=config,
+            gives={**card.gives, "logits": (len(names),)},
+            labels=prompts.names,
+            notes=(*card.notes, note),
+            prompts=digest,
+        )
+
 
 def load_model(spec: ModelSpec, dtype: str, device: str, fast: bool = True) -> Model:
     """Open a checkpoint and load its weights; see `img2parquet.models.load_model`."""
@@ -240,13 +274,21 @@ def load_model(spec: ModelSpec, dtype: str, device: str, fast: bool = True) -> M
     opened = open_checkpoint(spec)
     card = opened.card()
     open_text = partial(opened.text, kind, place, fast) if isinstance(opened, Opened) and card.has_text else None
-    return Model(card, opened.filled(kind, place, fast), kind, place, open_text)
+    model = Model(card, opened.filled(kind, place, fast), kind, place, open_text)
+    if spec.prompts is not None:
+        given, prompts = spec.class_weights, spec.prompts
+        weights = (lambda: prompts.weights(model.text)) if given is None else lambda: given
+        model.backbone = ZeroShot(model.backbone, len(prompts.names), weights)
+    return model
 
 
 def open_checkpoint(spec: ModelSpec) -> Opened | External:
     """Find a checkpoint's files and read its settings; no weight is read."""
     seed = None if spec.weights is None else _seed(spec.weights)
     if is_external(spec.model):
+        if spec.prompts is not None:
+            message = f"`prompts`: {spec.model} is computed by its library, which gives no vectors of words here"
+            raise OutputUnavailable(message, hint="leave out the prefix for a CLIP or SigLIP")
         return open_external(spec, seed)
     if seed is not None:
         return _with_random_weights(spec, seed)
@@ -320,7 +362,8 @@ def _opened(
     spec: ModelSpec, source: str, family: Family, config: Mapping[str, Any], processor: Processor, weights: Weights
 ) -> Opened:
     settings, reduces, notes = processor.settings, processor.reduces_labels, processor.notes
-    return Opened(spec.resolved_name, source, family, config, settings, weights, reduces, notes)
+    found = Opened(spec.resolved_name, source, family, config, settings, weights, reduces, notes)
+    return replace(found, prompts=spec.prompts)
 
 
 def _seed(weights: str) -> int:

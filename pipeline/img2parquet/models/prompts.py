@@ -1,11 +1,13 @@
-"""Describe classes by prompts, and turn them into one vector a class in the space shared with images.
+"""Describe classes by prompts, and make of them the classifier of a model that knows words.
 
 * A class has any number of prompts. Each prompt's vector is scaled to length 1, their mean is the class's vector, and
   that is scaled to length 1 again (Radford et al. 2021, section 3.1.4).
+* Logits are the reference's `logits_per_image`: the cosines of an image and the classes, times the model's trained
+  factor, plus SigLIP's trained offset.
 * Templates are sentences with `{}` where a class's name goes. `imagenet` are the 80 that CLIP's authors published for
   ImageNet, `plain` is the single one that they recommend in general.
 
-Shapes: K classes, N prompts of all of them, n of one, E width of the shared space.
+Shapes: B images, K classes, N prompts of all of them, n of one, E width of the shared space.
 """
 
 from __future__ import annotations
@@ -16,16 +18,18 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import PurePosixPath
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numpy as np
+import numpy.typing as npt
 import yaml
+from safetensors import SafetensorError
+from safetensors.numpy import load, save
 
 from img2parquet.errors import InputError, NotFound, nearest
 from img2parquet.storage import Store
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from img2parquet.models.text import Text
 
 PLAIN = "plain"
@@ -51,6 +55,13 @@ TEMPLATES: dict[str, tuple[str, ...]] = {
 FORMS = "one class a line, or JSON or YAML: a list of classes, or {class: [prompts]}"
 
 
+class ClassWeights(NamedTuple):
+    """A linear classifier of unit vectors: logits are `weight_KE @ unit_E + bias_K`."""
+
+    weight_KE: npt.NDArray[np.float32]
+    bias_K: npt.NDArray[np.float32]
+
+
 @dataclass(frozen=True)
 class ClassPrompts:
     """Classes by id, each with the prompts that stand for it."""
@@ -63,16 +74,64 @@ class ClassPrompts:
         """Digest of everything that decides the classes' vectors, but the model."""
         return hashlib.sha256(json.dumps([self.names, self.prompts]).encode()).hexdigest()
 
-    def vectors(self, text: Text) -> Tensor:
-        """Compute the classes' vectors of length 1, (K, E) float32, on the host.
+    def check_choice(self, problem: str) -> None:
+        """Raise InputError for a single class of a model that scores classes against each other.
 
-        Raises InputError for a prompt that the model cannot read, naming it."""
+        problem: the model's `Text.problem`."""
+        if len(self.names) == 1 and problem == "single_label_classification":
+            message = (
+                f"`{self.names[0]}` is the only class, and classes are scored against each other: it always gets 1"
+            )
+            raise InputError(message, hint="add a class such as `other: [a photo, a picture]`")
+
+    @property
+    def all(self) -> list[str]:
+        """The prompts of all classes, one after another."""
+        return [prompt for of_class in self.prompts for prompt in of_class]
+
+    def weights(self, text: Text) -> ClassWeights:
+        """Compute the classifier with a model's text tower. Raises InputError for a prompt that it cannot read."""
         import torch
         import torch.nn.functional as F
 
-        unit_NE = F.normalize(text([prompt for of_class in self.prompts for prompt in of_class]), dim=1)
+        unit_NE = F.normalize(text(self.all), dim=1)
         each = torch.split(unit_NE, [len(of_class) for of_class in self.prompts])
-        return F.normalize(torch.stack([vectors_nE.mean(dim=0) for vectors_nE in each]), dim=1)
+        classes_KE = F.normalize(torch.stack([unit_nE.mean(dim=0) for unit_nE in each]), dim=1)
+        bias_K = np.full(len(self.names), text.logit_bias, np.float32)
+        return ClassWeights((classes_KE * text.logit_scale).numpy(), bias_K)
+
+
+def weights_file(model: str) -> str:
+    """Return the name of the file in an output that holds a model's classifier."""
+    return f"_prompts-{model}.safetensors"
+
+
+def encode_weights(weights: ClassWeights, prompts: str) -> bytes:
+    """Encode a classifier as safetensors. prompts: the digest in its model's card."""
+    arrays = {name: np.ascontiguousarray(array) for name, array in weights._asdict().items()}
+    return bytes(save(arrays, metadata={"prompts": prompts, "sha256": _digest(arrays)}))
+
+
+def decode_weights(data: bytes, prompts: str) -> ClassWeights:
+    """Decode what `encode_weights` made. Raises ValueError when it is damaged, or of other prompts."""
+    try:
+        length = int.from_bytes(data[:8], "little")
+        said = json.loads(data[8 : 8 + length])["__metadata__"]
+        weights = ClassWeights(**load(data))
+    except (SafetensorError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"not readable: {error}") from None
+    if said.get("sha256") != _digest(weights._asdict()):
+        raise ValueError("its bytes were changed")
+    if said.get("prompts") != prompts:
+        raise ValueError("it is of other prompts")
+    return weights
+
+
+def _digest(arrays: Mapping[str, npt.NDArray[np.float32]]) -> str:
+    digest = hashlib.sha256()
+    for name in sorted(arrays):
+        digest.update(f"{name} {arrays[name].shape}".encode() + arrays[name].tobytes())
+    return digest.hexdigest()
 
 
 def class_prompts(

@@ -288,6 +288,7 @@ def build_text(config: Mapping[str, Any], names: frozenset[str]) -> TextTower | 
 
 TEXT = TextFamily(
     MODEL_TYPE="siglip's text tower",
+    problem="multi_label_classification",
     KEYS={
         "text_model.embeddings.token_embedding.weight": "tokens_VD",
         "text_model.embeddings.position_embedding.weight": "positions_TD",

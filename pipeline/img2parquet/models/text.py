@@ -9,7 +9,9 @@ Shapes: B prompts of a batch, n prompts, T tokens of a prompt, E width of the sh
 
 from __future__ import annotations
 
+import hashlib
 import importlib
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -32,13 +34,20 @@ class Text:
     """A loaded text tower with its tokenizer. Call it with prompts.
 
     logit_scale and logit_bias: the trained factor (its exponential) and offset that turn the cosine of an image and a
-    prompt into the reference's `logits_per_image`; the offset is 0 for CLIP."""
+    prompt into the reference's `logits_per_image`; the offset is 0 for CLIP. problem: how these are read, as
+    config.json's `problem_type`: against each other, or one by one."""
 
     def __init__(
-        self, tokenizer: Tokenizer, tower: Callable[[Tensor], Tensor], device: torch.device, scale: float, bias: float
+        self,
+        tokenizer: Tokenizer,
+        tower: Callable[[Tensor], Tensor],
+        device: torch.device,
+        scale: float,
+        bias: float,
+        problem: str,
     ) -> None:
         self.tokenizer, self.tower, self._device = tokenizer, tower, device
-        self.logit_scale, self.logit_bias = scale, bias
+        self.logit_scale, self.logit_bias, self.problem = scale, bias, problem
 
     def __call__(self, texts: Sequence[str]) -> Tensor:
         """texts -> (n, E), float32, on the host: the reference's `get_text_features`, not normalised.
@@ -57,6 +66,12 @@ class Tokenizer:
     folder: Path | None
     source: str
     settings: TextSettings
+
+    @property
+    def sha256(self) -> str:
+        """Digest of the tokenizer's file and of the settings beside it."""
+        said = json.dumps(dict(self._config), sort_keys=True)
+        return hashlib.sha256((self._library.to_str() + said).encode()).hexdigest()
 
     def __call__(self, texts: Sequence[str]) -> Tensor:
         """texts -> token ids (n, T), padded to the model's full length. Raises InputError, CheckpointError."""

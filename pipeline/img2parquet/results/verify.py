@@ -27,6 +27,7 @@ from img2parquet.dataset.plan import Plan, plan_hash
 from img2parquet.dataset.rejects import OpenRejects
 from img2parquet.dataset.sealed_json import is_sealed
 from img2parquet.errors import InputError, NotFound, RunMismatch, StorageError
+from img2parquet.models.prompts import decode_weights, weights_file
 from img2parquet.schema import Part
 from img2parquet.storage import Entry, Store, join
 from img2parquet.storage.parallel import fetch_in_order
@@ -91,7 +92,22 @@ def find_problems(output: Output) -> list[str]:
     theirs = are_derived(there)
     ours = (name for name in there if (is_visible(name) or is_part_file(name)) and name not in theirs)
     problems, good = _check_run(output, output, history, there, ours)
+    problems += _check_class_weights(output, plan, there)
     return problems + list(_check_derived(output, there, good))
+
+
+def _check_class_weights(output: Output, plan: Plan, there: Mapping[str, Entry]) -> list[str]:
+    """Check the classifiers of models whose classes are prompts. One that is not there is made when it is needed."""
+    problems = []
+    for model, identity in plan.identities.items():
+        name = weights_file(model)
+        if "prompts" not in identity or name not in there:
+            continue
+        try:
+            decode_weights(output.read(name) or b"", identity["prompts"])
+        except (*UNREADABLE, ValueError) as error:
+            problems.append(f"{name}: {_first_line(error)}")
+    return problems
 
 
 def _check_derived(output: Output, there: Mapping[str, Entry], good: dict[str, CheckedPart]) -> Iterator[str]:

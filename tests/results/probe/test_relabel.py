@@ -183,7 +183,7 @@ WRONG: list[tuple[Any, Mapping[str, Any], str]] = [
     (["cat"], {"top_k": 0}, "top_k: 0"),
     (["cat"], {"threshold": 2}, "threshold: 2"),
     (["cat"], {"name": "words"}, "not a valid name for a new partition"),
-    (["cat " * 60], {}, "tokens, its ends included"),
+    (["cat " * 60, "dog"], {}, "tokens, its ends included"),
     ("/nowhere/classes.txt", {}, "no such file of prompts"),
 ]
 

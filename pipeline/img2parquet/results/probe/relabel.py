@@ -30,7 +30,6 @@ PROMPTS = Kind(
     ("numpy", "pyarrow", "torch", "tokenizers"),
     {"classes": "the classes", "prompts_sha256": "the prompts", "top_k": "`top_k`", "threshold": "the threshold"},
 )
-SIGMOID = ("siglip",)  # families whose pairs of image and text are scored one by one
 
 
 @dataclass(frozen=True)
@@ -116,13 +115,15 @@ def zero_shot(vectors: Vectors, classes: ClassPrompts, checkpoint: str | None) -
     """Make the classifier whose weights are the classes' vectors, with the model's own scale and offset.
 
     checkpoint: where the run's model is now. Raises as `model_with_text` does."""
-    loaded = model_with_text(vectors, checkpoint)
-    function: ScoreFunction = "sigmoid" if loaded.card.family.startswith(SIGMOID) else "softmax"
+    text = model_with_text(vectors, checkpoint).text
+    classes.check_choice(text.problem)
+    weight_KE, bias_K = classes.weights(text)
+    function: ScoreFunction = "sigmoid" if text.problem == "multi_label_classification" else "softmax"
     K = len(classes.names)
     classifier = Classifier(
         "linear", 0.0, K, 1.0,
-        first=loaded.text.logit_scale * classes.vectors(loaded.text).double().numpy(),
-        second=np.full(K, loaded.text.logit_bias),
+        first=weight_KE.astype(np.float64),
+        second=bias_K.astype(np.float64),
         function=function,
     )  # fmt: skip
     prompts = {name: list(of_class) for name, of_class in zip(classes.names, classes.prompts, strict=True)}
