@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from img2parquet.dataset import plan
@@ -68,6 +69,12 @@ def test_an_input_without_images_is_an_error(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setattr(plan, "cut_input", lambda *_: Parts.of(()))
     with pytest.raises(InputError, match="no images"):
         make_plan(job(tmp_path), CARDS, "float32")
+
+
+def test_a_stored_plan_says_what_each_part_covers_in_16_digits() -> None:
+    parts = [Part(0, (Piece("a", 1, "e"),)), Part(1, (Piece("b", 2, "f"),))]
+    table = pq.read_table(pa.BufferReader(plan.encode_plan(plan.Plan(Parts.of(parts), {}))))
+    assert table.column(1).to_pylist() == [part.covers[:16] for part in parts] and len(table.column(1)[0].as_py()) == 16
 
 
 def test_a_stored_plan_with_a_missing_value_is_damaged() -> None:

@@ -70,7 +70,17 @@ def test_a_wrong_checksum_of_what_decides_pixels_does() -> None:
 def test_a_palette_that_is_not_there_is_damage() -> None:
     data = encode(PALETTE, "PNG")
     refused = decode(data.replace(b"PLTE", b"pLTE"))
-    assert isinstance(refused, Rejection) and refused.reason == "corrupt_data"
+    assert refused == Rejection("corrupt_data", "PNG: its colours are indices, and it has no palette")
+
+
+@pytest.mark.parametrize(("frames", "is_first", "is_animated"), [(1, True, False), (1, False, True), (2, True, True)])
+def test_a_single_frame_is_an_animation_where_the_picture_is_none_of_its_frames(
+    frames: int, is_first: bool, is_animated: bool
+) -> None:
+    control = [chunk(b"acTL", frames.to_bytes(4, "big") + bytes(4))]
+    control += [chunk(b"fcTL", bytes(26))] if is_first else []
+    result = decode(with_chunks(*control))
+    assert isinstance(result, Pixels) and result.warnings == (("animated",) if is_animated else ())
 
 
 def test_a_png_for_iphones_is_not_decoded() -> None:

@@ -15,6 +15,7 @@ import pytest
 from PIL import Image
 
 from img2parquet.images.decode import DecodePolicy, decode
+from img2parquet.images.headers import _directory_end
 from img2parquet.schema import Pixels, Rejection
 from tests.support.bad_images import GREY, RGB, encode
 from tests.support.tiffs import BYTE, IFD, LONG, SHORT, Tags, directory, tiff
@@ -173,6 +174,12 @@ def test_mirrored_bytes_are_read_right_or_refused(layout: Layout) -> None:
             assert np.abs(result.rgb_HWC.astype(int) - layout.expected_HWC).max() <= layout.tolerance
 
 
+def test_an_unknown_compression_is_told() -> None:
+    refused = decode(tiff(COLOUR, 2, compression=9999))
+    assert isinstance(refused, Rejection) and refused.reason == "unsupported"
+    assert "compression 9999 is not decoded" in refused.message
+
+
 @pytest.mark.parametrize("tile", [(32, 48), (16, 48), (32, 16)])
 def test_tiles_larger_than_the_image_are_cut(tile: tuple[int, int]) -> None:
     for samples, planar in itertools.product((COLOUR, WIDE), (False, True)):
@@ -285,3 +292,12 @@ def test_an_invalid_orientation_turns_nothing() -> None:
     for stored in (0, 9, 16):
         for exif in ("apply", "ignore"):
             assert np.array_equal(pixels(tiff(COLOUR, 2, tags={274: (SHORT, [stored])}), exif=exif), COLOUR)
+
+
+@pytest.mark.parametrize("order", ["<", ">"])
+def test_the_end_of_a_directory_is_found_behind_the_pixels_of_a_large_file(order: str) -> None:
+    """BigTIFF: offsets and counts have eight bytes, entries twenty."""
+    start, count = 300, 3
+    head = (b"II" if order == "<" else b"MM") + struct.pack(f"{order}HHHQ", 43, 8, 0, start)
+    data = head + b"\xff" * (start - len(head)) + struct.pack(f"{order}Q", count) + bytes(20 * count)
+    assert _directory_end(memoryview(data)) == start + 8 + 20 * count

@@ -472,6 +472,12 @@ def test_faults_are_told_by_what_the_store_said(error: Exception, status: int, i
     assert (fault.status, fault.is_final, fault.is_undone) == (status, is_final, is_undone)
 
 
+def test_what_is_denied_is_told_by_its_status() -> None:
+    assert [fault_of(aws(status, "Other")).is_denied for status in (400, 401, 402, 403, 404)] == [
+        False, True, False, True, False,
+    ]  # fmt: skip
+
+
 def test_retries_are_counted_by_kind_and_told_once(store: Store, proxy: FaultProxy, there: str) -> None:
     RETRIES.take()
     proxy.set(Fault("slowdown", method="GET", times=2), Fault("truncate", method="GET", times=1))

@@ -222,8 +222,6 @@ def _decode_other(kind: str, view: memoryview, policy: DecodePolicy, with_alpha:
     rgba = _to_rgb(image, "keep")
     if hidden_HW is not None:
         rgba[hidden_HW, 3] = 0
-    if inverts:
-        np.subtract(255, rgba[..., :3], out=rgba[..., :3])
     return Pixels(upright, warnings, rgba_HWC=_upright(rgba, orientation))
 
 

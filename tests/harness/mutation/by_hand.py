@@ -116,7 +116,6 @@ FAULTS: dict[str, dict[str, tuple[str, str]]] = {
             "simplejpeg.decode_jpeg(mended, colorspace, strict=True",
             "simplejpeg.decode_jpeg(mended, colorspace, strict=False",
         ),
-        "an inverted image with alpha stays inverted": ("rgba[..., :3], out=rgba[..., :3]", "rgba[..., :3]"),
     },
     "images/orientation.py": {
         "XMP goes before EXIF": ("    if stored is None:\n", "    if xmp:\n"),
