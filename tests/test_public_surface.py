@@ -22,7 +22,8 @@ from tests.support.finished_outputs import copy_of, rows_of, small_run
 from tests.support.small_job import BROKEN, GOOD, ROWS, SHARDS, make_checkpoint, small_job
 
 ON_AN_OUTPUT = (
-    "status", "open_results", "read_rejects", "verify", "report", "evaluate", "fit_probe", "relabel", "export",
+    "status", "open_results", "read_rejects", "verify", "report", "evaluate", "find_mistakes", "fit_probe",
+    "relabel", "export",
     "search",
     "build_index", "find_duplicates", "retry",
 )  # fmt: skip
@@ -31,8 +32,8 @@ OTHERS = (
     "decode_vectors",
 )  # fmt: skip
 RESULTS = (
-    "Summary", "RetrySummary", "Status", "Evaluation", "ProbeSummary", "RelabelSummary", "ExportSummary",
-    "SearchResult", "Hit", "IndexSummary", "DuplicateSummary", "JobSpec", "Model",
+    "Summary", "RetrySummary", "Status", "Evaluation", "MistakesSummary", "ProbeSummary", "RelabelSummary",
+    "ExportSummary", "SearchResult", "Hit", "IndexSummary", "DuplicateSummary", "JobSpec", "Model",
 )  # fmt: skip
 PROTOCOLS = ("Source", "Output", "Family")
 EXCEPTIONS = tuple(name for name, kind in vars(errors).items() if inspect.isclass(kind) and issubclass(kind, Exception))
@@ -145,6 +146,12 @@ def test_find_duplicates(out: str, tmp_path: Path) -> None:
     found = img2parquet.find_duplicates(out, str(tmp_path / "duplicates.parquet"), 0.999)
     assert isinstance(found, img2parquet.DuplicateSummary) and found.rows == GOOD
     assert Path(found.uri).is_file()
+
+
+def test_find_mistakes(out: str, tmp_path: Path) -> None:
+    found = img2parquet.find_mistakes(out, "label", str(tmp_path / "suspects.csv"))
+    assert isinstance(found, img2parquet.MistakesSummary) and found.rows == GOOD
+    assert len((tmp_path / "suspects.csv").read_text().splitlines()) == 1 + found.suspects
 
 
 def test_fit_probe(out: str, tmp_path: Path) -> None:

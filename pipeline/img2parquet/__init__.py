@@ -41,7 +41,7 @@ What a user calls is imported from here. `uri` is the job's `output.uri`, and co
 
     run a job              load_job, parse_job, run, retry
     look at an output      status(uri), open_results(uri), read_rejects(uri), verify(uri), report(uri)
-    use its columns        evaluate(uri, ...), export(uri, ...), decode_vectors
+    use its columns        evaluate(uri, ...), find_mistakes(uri, ...), export(uri, ...), decode_vectors
     label it anew          fit_probe(uri, labels), relabel(uri, prompts)
     search it              search(uri, ...), build_index(uri), find_duplicates(uri, ...)
     use a model directly   load_model, embed, class_labels, class_masks, compute_loss
@@ -95,6 +95,7 @@ if TYPE_CHECKING:
     from img2parquet.read import Source
     from img2parquet.results.embeddings import Hit
     from img2parquet.results.evaluation.evaluate import Evaluation, evaluate
+    from img2parquet.results.evaluation.mistakes import MistakesSummary, find_mistakes
     from img2parquet.results.exports import ExportSummary, export
     from img2parquet.results.probe.linear_probe import ProbeSummary, fit_probe
     from img2parquet.results.probe.relabel import RelabelSummary, relabel
@@ -113,6 +114,7 @@ _HOME = {
     "results.verify": ("verify",),
     "results.report": ("report",),
     "results.evaluation.evaluate": ("Evaluation", "evaluate"),
+    "results.evaluation.mistakes": ("MistakesSummary", "find_mistakes"),
     "results.probe.linear_probe": ("ProbeSummary", "fit_probe"),
     "results.probe.relabel": ("RelabelSummary", "relabel"),
     "results.exports": ("ExportSummary", "export"),
@@ -140,12 +142,13 @@ _HOME = {
 __all__ = [
     "AccessDenied", "AlreadyExists", "CheckpointError", "DuplicateSummary", "Evaluation", "ExportSummary", "Family",
     "Hit", "Img2ParquetError", "IndexSummary", "InputError", "JobError", "JobFailed", "JobSpec",
-    "MissingDependency", "Model", "ModelError", "NotFinite", "NotFound", "OutcomeUnknown", "Output",
+    "MissingDependency", "MistakesSummary", "Model", "ModelError", "NotFinite", "NotFound", "OutcomeUnknown", "Output",
     "OutputUnavailable", "PartFailed", "PrivateAddress", "ProbeSummary", "Refused", "RejectLimitExceeded",
     "RelabelSummary", "RetrySummary", "RunMismatch", "SearchResult", "Source", "Status", "Stopped", "StorageError",
     "Summary", "UnknownModel", "Unreachable", "UserError", "build_index", "class_labels", "class_masks", "compute_loss",
-    "decode_vectors", "embed", "evaluate", "export", "find_duplicates", "fit_probe", "load_job", "load_model",
-    "open_results", "parse_job", "read_rejects", "relabel", "report", "retry", "run", "search", "status", "verify",
+    "decode_vectors", "embed", "evaluate", "export", "find_duplicates", "find_mistakes", "fit_probe", "load_job",
+    "load_model", "open_results", "parse_job", "read_rejects", "relabel", "report", "retry", "run", "search", "status",
+    "verify",
 ]  # fmt: skip
 
 _MODULES = {name: module for module, names in _HOME.items() for name in names}

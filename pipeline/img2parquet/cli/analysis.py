@@ -14,6 +14,7 @@ from img2parquet.cli.output import json_line, say
 from img2parquet.errors import InputError
 
 if TYPE_CHECKING:
+    from img2parquet.results.evaluation.mistakes import MistakesSummary
     from img2parquet.results.probe.linear_probe import ProbeSummary
     from img2parquet.results.probe.relabel import RelabelSummary
 
@@ -112,6 +113,9 @@ def _add_relabel(commands: Any, add: Add) -> None:
 def _add_evaluate(commands: Any, add: Add) -> None:
     parser = _analysis_parser(commands, add, "evaluate", _evaluate, "measure accuracy against a ground-truth column")
     parser.add_argument("--truth", required=True, help="the ground-truth column: one that the job kept (`input.keep`)")
+    parser.add_argument(
+        "--mistakes", metavar="FILE", help="also write the rows whose ground truth is probably wrong to this CSV"
+    )
     parser.add_argument("--json", action="store_true", help="print everything, with the confusion matrix, as JSON")
     _example(parser, "img2parquet evaluate out/demo/results --truth label")
 
@@ -275,8 +279,9 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     from img2parquet.results.evaluation.evaluate import evaluate
 
     found = evaluate(arguments.uri, arguments.truth, arguments.model, arguments.column)
+    mistakes = _mistakes(arguments) if arguments.mistakes else None
     if arguments.json:
-        return _print_json(found.to_json())
+        return _print_json({**found.to_json(), **({"mistakes": vars(mistakes)} if mistakes else {})})
     say(f"model      {found.model}, column {found.column}, ground truth {found.truth}")
     say(f"rows       {found.rows:,} with ground truth, {found.rows_without_truth:,} without")
     for name, score in found.headline.items():
@@ -289,7 +294,15 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     if found.truncated:
         say(f"{found.truncated:,} rows have as many labels as were written: others may be missing; evaluate `logits`")
     _classes(found)
+    if mistakes:
+        say(f"suspects   {mistakes.suspects:,} rows whose ground truth is probably wrong: {mistakes.uri}")
     return DONE
+
+
+def _mistakes(arguments: argparse.Namespace) -> MistakesSummary:
+    from img2parquet.results.evaluation.mistakes import find_mistakes
+
+    return find_mistakes(arguments.uri, arguments.truth, arguments.mistakes, arguments.model, arguments.column)
 
 
 def _classes(found: Any) -> None:

@@ -131,11 +131,16 @@ def evaluate(
 
     Raises InputError when a column is missing or a ground-truth value cannot be interpreted, naming the row's key."""
     output = Output.at(uri, Store(storage_options or {}))
+    plan, files = open_plan(output), output.files()
+    return evaluate_files(output, history_with(output, plan, model, files), files, truth, model, column)
+
+
+def open_plan(output: Output) -> Plan:
+    """Read the plan of an output. Raises InputError where there is none."""
     plan = output.stored_plan()
     if plan is None:
         raise InputError(f"{output.uri}: no {PLAN} here, so this is not an output of img2parquet")
-    files = output.files()
-    return evaluate_files(output, history_with(output, plan, model, files), files, truth, model, column)
+    return plan
 
 
 def evaluate_files(
@@ -147,7 +152,7 @@ def evaluate_files(
     column: str | None = None,
 ) -> Evaluation:
     """Score like `evaluate`, with plans and a listing that were read before."""
-    task = _task(history.plan, output.uri, model, column)
+    task = task_of(history.plan, output.uri, model, column)
     there = set(files)
     names = [name for name in history.names[task.model] if name in there]
     if not names:
@@ -155,7 +160,7 @@ def evaluate_files(
     scorer = SCORERS[task.kind](task, truth)
     rows = without = 0
     with reading_parts(output.uri):
-        for batch in _batches(output, names, truth, task):
+        for batch in read_columns(output, names, ("key", truth, task.column), truth, task):
             present = batch.filter(batch.column(truth).is_valid())
             rows, without = rows + present.num_rows, without + batch.num_rows - present.num_rows
             _score(scorer, present, truth, task, output.uri)
@@ -164,14 +169,15 @@ def evaluate_files(
     return to_evaluation(output.uri, task, truth, scorer, rows, without)
 
 
-def _batches(output: Output, names: Sequence[str], truth: str, task: ScoringTask) -> Iterator[pa.RecordBatch]:
-    """Read three columns of these files, in order."""
+def read_columns(
+    output: Output, names: Sequence[str], columns: Sequence[str], truth: str, task: ScoringTask
+) -> Iterator[pa.RecordBatch]:
+    """Read columns of these files, in order. Raises InputError when there is no column `truth`."""
     filesystem, root = output.store.arrow_filesystem(output.uri)
     dataset = ds.dataset([f"{root}/{name}" for name in names], format="parquet", filesystem=filesystem)
     _require(dataset.schema, truth, output.uri, task)
-    columns = ["key", truth, task.column]
     options = {"batch_size": ROWS_AT_ONCE, "batch_readahead": 2, "fragment_readahead": 1}
-    yield from dataset.scanner(columns=columns, **options).to_batches()
+    yield from dataset.scanner(columns=list(dict.fromkeys(columns)), **options).to_batches()
 
 
 def scores_by_truth(job: JobSpec, output: Output, history: History) -> dict[str, dict[str, float]]:
@@ -273,7 +279,7 @@ def _mean(values: Sequence[float | None]) -> float | None:
     return sum(there) / len(there) if there else None
 
 
-def _task(plan: Plan, uri: str, model: str | None, column: str | None) -> ScoringTask:
+def task_of(plan: Plan, uri: str, model: str | None, column: str | None) -> ScoringTask:
     """Choose what to score: one output of one model."""
     if model is not None and model not in plan.identities:
         known = sorted(plan.identities)

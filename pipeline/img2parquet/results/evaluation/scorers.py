@@ -139,6 +139,14 @@ class _CountingScorer:
         return {id: (rows[id], predicted[id], self.confusion[id, id]) for id in sorted(rows.keys() | predicted.keys())}
 
 
+def true_class(value: Any, task: ScoringTask, K: int, column: str, key: str) -> int | None:
+    """Return the class id for a ground-truth value; None for the ignored id. Raises PartFailed for no class.
+
+    Digits are an id unless they are a class's name: a kept column is text unless the job gave it a type."""
+    is_id = isinstance(value, str) and value not in task.names and value.strip().isdigit()
+    return class_id(int(value) if is_id else value, task.names, K, Cell(column, key))
+
+
 class LabelScorer(_CountingScorer):
     """Scores labels and logits against class ids or names.
 
@@ -149,14 +157,9 @@ class LabelScorer(_CountingScorer):
         rows = _of_logits(said) if is_logits else _of_labels(said)
         for key, truth, (ids, scores) in zip(keys, truths.to_pylist(), rows, strict=True):
             K = said.type.list_size if is_logits else len(self.task.names) or 1 << 30
-            true = class_id(self._plain(truth), self.task.names, K, Cell(self.truth, key))
+            true = true_class(truth, self.task, K, self.truth, key)
             if true is not None:
                 self._count(true, ids, scores, K)
-
-    def _plain(self, truth: Any) -> Any:
-        """Read digits as an id unless they are a class's name: a kept column is text unless the job gave it a type."""
-        is_id = isinstance(truth, str) and truth not in self.task.names and truth.strip().isdigit()
-        return int(truth) if is_id else truth
 
     def _count(self, true: int, ids: Sequence[int], scores: Sequence[float], K: int) -> None:
         best = ids[0] if ids else -1
