@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-TEST_PROCESSES ?= 3
+TEST_PROCESSES ?= 2
 # each process takes neighbouring tests, so that a file's fixtures are mostly made once; idle processes take over some
 PYTEST := $(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist worksteal
 

@@ -8,5 +8,5 @@ from tests.support.two_towers import KINDS, Finished, finished_run
 
 
 @pytest.fixture(params=KINDS)
-def finished(request: pytest.FixtureRequest) -> Finished:
+def words_run(request: pytest.FixtureRequest) -> Finished:
     return finished_run(request.param)

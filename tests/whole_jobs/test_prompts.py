@@ -31,35 +31,35 @@ OUTPUTS = [{"kind": "labels", "top_k": 2}, {"kind": "logits"}, {"kind": "embeddi
 
 
 @pytest.fixture(params=KINDS)
-def finished(request: pytest.FixtureRequest) -> Finished:
+def words_run(request: pytest.FixtureRequest) -> Finished:
     return finished_run(request.param)
 
 
-def prompted(finished: Finished, output: Path, prompts: Any = None, **more: Any) -> dict[str, Any]:
-    job = job_of(finished.root, output, rows_per_part=5)
+def prompted(words_run: Finished, output: Path, prompts: Any = None, **more: Any) -> dict[str, Any]:
+    job = job_of(words_run.root, output, rows_per_part=5)
     job["models"][0] |= {"outputs": OUTPUTS, "prompts": CLASSES if prompts is None else prompts, **more}
     return job
 
 
-def expected(finished: Finished, prompts: list[str]) -> dict[str, np.ndarray]:
+def expected(words_run: Finished, prompts: list[str]) -> dict[str, np.ndarray]:
     """The reference's `logits_per_image` by key."""
-    ours, found = load_model(str(finished.root / "ckpt")), {}
-    for path in sorted((finished.root / "in").iterdir()):
+    ours, found = load_model(str(words_run.root / "ckpt")), {}
+    for path in sorted((words_run.root / "in").iterdir()):
         pixels = decode(path.read_bytes())
         assert isinstance(pixels, Pixels)
         crop_HWC = Preprocessor(ours.card.preprocess)(pixels)
         x_1CHW = normalize_on_device(torch.from_numpy(crop_HWC)[None], ours.card.preprocess, torch.float32)
         with torch.no_grad():
-            logits = finished.model(input_ids=ours.text.tokenizer(prompts), pixel_values=x_1CHW).logits_per_image
+            logits = words_run.model(input_ids=ours.text.tokenizer(prompts), pixel_values=x_1CHW).logits_per_image
         found[path.name] = logits[0].numpy()
     return found
 
 
-def test_scores_are_those_of_the_reference_and_of_relabel(finished: Finished, tmp_path: Path) -> None:
+def test_scores_are_those_of_the_reference_and_of_relabel(words_run: Finished, tmp_path: Path) -> None:
     out = str(tmp_path / "out")
-    img2parquet.run(prompted(finished, tmp_path / "out"))
-    theirs = expected(finished, [prompts[0] for prompts in CLASSES.values()])
-    is_clip = finished.model.config.model_type == "clip"
+    img2parquet.run(prompted(words_run, tmp_path / "out"))
+    theirs = expected(words_run, [prompts[0] for prompts in CLASSES.values()])
+    is_clip = words_run.model.config.model_type == "clip"
     rows = rows_of(out, "words")
     assert len(rows) == IMAGES
     for row in rows:
@@ -78,9 +78,9 @@ def test_scores_are_those_of_the_reference_and_of_relabel(finished: Finished, tm
 
 
 def test_the_classifier_is_made_once_and_kept(
-    finished: Finished, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    words_run: Finished, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    job, stored = prompted(finished, tmp_path / "out"), tmp_path / "out" / "_prompts-words.safetensors"
+    job, stored = prompted(words_run, tmp_path / "out"), tmp_path / "out" / "_prompts-words.safetensors"
     img2parquet.run(job)
     first, parts = stored.read_bytes(), sorted((tmp_path / "out" / "model=words").iterdir())
     before = parts[1].read_bytes()
@@ -100,33 +100,33 @@ def test_the_classifier_is_made_once_and_kept(
             img2parquet.run(job)
 
 
-def test_other_prompts_are_another_run(finished: Finished, tmp_path: Path) -> None:
-    img2parquet.run(prompted(finished, tmp_path / "out"))
+def test_other_prompts_are_another_run(words_run: Finished, tmp_path: Path) -> None:
+    img2parquet.run(prompted(words_run, tmp_path / "out"))
     with pytest.raises(RunMismatch, match="prompts"):
-        img2parquet.run(prompted(finished, tmp_path / "out", {**CLASSES, "red": ["a red"]}))
+        img2parquet.run(prompted(words_run, tmp_path / "out", {**CLASSES, "red": ["a red"]}))
     (tmp_path / "classes.txt").write_text("cat\ndog\n")
-    job = parse_job(prompted(finished, tmp_path / "out", str(tmp_path / "classes.txt"), templates=["a {}", "the {}!"]))
+    job = parse_job(prompted(words_run, tmp_path / "out", str(tmp_path / "classes.txt"), templates=["a {}", "the {}!"]))
     prompts = job.models[0].class_prompts
     assert prompts is not None and prompts.prompts == (("a cat", "the cat!"), ("a dog", "the dog!"))
     assert parse_job(job.model_dump(mode="json")).models[0].class_prompts == prompts  # as a record is read
 
 
-def test_readers_take_the_classes_as_those_of_a_checkpoint(finished: Finished, tmp_path: Path) -> None:
+def test_readers_take_the_classes_as_those_of_a_checkpoint(words_run: Finished, tmp_path: Path) -> None:
     out = str(tmp_path / "out")
-    img2parquet.run(prompted(finished, tmp_path / "out"))
+    img2parquet.run(prompted(words_run, tmp_path / "out"))
     [page] = img2parquet.report(out, tmp_path / "report.html")
     assert "dog" in page.read_text()
     assert img2parquet.export(out, "label-studio", str(tmp_path / "tasks"), images="https://x/{key}").rows == IMAGES
-    spec = ModelSpec(str(finished.root / "ckpt"), prompts=class_prompts(CLASSES))
+    spec = ModelSpec(str(words_run.root / "ckpt"), prompts=class_prompts(CLASSES))
     card = load_model(spec).card
     assert card.labels == tuple(CLASSES) and card.gives["logits"] == (3,) and card.prompts
 
 
-def test_label_in_one_line(finished: Finished, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_label_in_one_line(words_run: Finished, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "classes.txt").write_text("cat\ndog\n")
-    words = ["--model", str(finished.root / "ckpt"), "--prompts", str(tmp_path / "classes.txt")]
+    words = ["--model", str(words_run.root / "ckpt"), "--prompts", str(tmp_path / "classes.txt")]
     options = ["--runner", "local", "--set", "dtype=float32", "--set", "models.0.name=words"]
-    assert main(["label", str(finished.root / "in"), *words, "--to", str(tmp_path / "out"), *options]) == 0
+    assert main(["label", str(words_run.root / "in"), *words, "--to", str(tmp_path / "out"), *options]) == 0
     rows = rows_of(str(tmp_path / "out"), "words")
     assert {label["name"] for row in rows for label in row["labels"]} == {"cat", "dog"} and "embedding" in rows[0]
     assert load_job(tmp_path / "out.yaml").models[0].class_prompts == class_prompts(["cat", "dog"])
@@ -134,26 +134,26 @@ def test_label_in_one_line(finished: Finished, tmp_path: Path, capsys: pytest.Ca
     assert "2 prompts" in capsys.readouterr().err
 
 
-def test_prompts_that_are_refused_before_anything_is_written(finished: Finished, tmp_path: Path) -> None:
+def test_prompts_that_are_refused_before_anything_is_written(words_run: Finished, tmp_path: Path) -> None:
     out = tmp_path / "out"
     for prompts, said in (([], "models.0..*no class|not a list"), (["cat", "cat"], "`cat` occurs twice")):
         with pytest.raises(JobError, match=said):
-            img2parquet.run(prompted(finished, out, prompts))
+            img2parquet.run(prompted(words_run, out, prompts))
     with pytest.raises(JobError, match="did you mean `imagenet`"):
-        img2parquet.run(prompted(finished, out, templates="imagnet"))
+        img2parquet.run(prompted(words_run, out, templates="imagnet"))
     with pytest.raises(JobError, match="`templates` needs `prompts`"):
-        parse_job({**(job := job_of(finished.root, out)), "models": [{**job["models"][0], "templates": "imagenet"}]})
+        parse_job({**(job := job_of(words_run.root, out)), "models": [{**job["models"][0], "templates": "imagenet"}]})
     with pytest.raises(InputError, match="tokens, its ends included"):
-        img2parquet.run(prompted(finished, out, {"cat": ["cat " * 60], "dog": ["a dog"]}))
-    if finished.model.config.model_type == "clip":
+        img2parquet.run(prompted(words_run, out, {"cat": ["cat " * 60], "dog": ["a dog"]}))
+    if words_run.model.config.model_type == "clip":
         with pytest.raises(InputError, match="always gets 1"):
-            img2parquet.run(prompted(finished, out, ["cat"]))
+            img2parquet.run(prompted(words_run, out, ["cat"]))
         with pytest.raises(InputError, match="always gets 1"):
-            relabel(finished.out, ["cat"])
+            relabel(words_run.out, ["cat"])
     for model, said in (
         (str(small_run().parent / "model"), "no text tower"),
         ("transformers:openai/clip", "its library"),
     ):
         with pytest.raises(OutputUnavailable, match=said):
-            img2parquet.run(prompted(finished, out, model=model))
+            img2parquet.run(prompted(words_run, out, model=model))
     assert not out.exists()

@@ -148,7 +148,12 @@ def class_prompts(
     given = _read(classes) if isinstance(classes, str) else classes
     sentences = _sentences(templates)
     if isinstance(given, Mapping):
-        by_name = {str(name): _listed(f"class `{name}`", prompts) for name, prompts in given.items()}
+        other = next((name for name in given if not isinstance(name, str)), None)
+        if other is not None:
+            raise InputError(
+                f"class `{other}` is not text", hint="put it in quotes: YAML takes `no` and `1` for others"
+            )
+        by_name = {name: _listed(f"class `{name}`", prompts) for name, prompts in given.items()}
     else:
         names = _listed("classes", given)
         twice = sorted({name for name in names if names.count(name) > 1})
@@ -174,7 +179,7 @@ def _read(uri: str) -> Any:
     if PurePosixPath(uri).suffix.lower() not in (".json", ".yaml", ".yml"):
         return [line.strip() for line in text.splitlines() if line.strip()]
     try:
-        found = yaml.load(text, Loader=yaml.BaseLoader)  # of texts alone, so that `no` is a class; reads JSON too
+        found = yaml.safe_load(text)  # reads JSON too
     except yaml.YAMLError as error:
         raise InputError(f"{uri}: {' '.join(str(error).split())}", hint=f"write {FORMS}") from None
     if not isinstance(found, list | dict):
@@ -185,7 +190,9 @@ def _read(uri: str) -> Any:
 def _listed(what: str, given: Any) -> tuple[str, ...]:
     texts = (given,) if isinstance(given, str) else tuple(given) if isinstance(given, Sequence) else ()
     if not texts or not all(isinstance(text, str) and text.strip() for text in texts):
-        raise InputError(f"{what}: `{given}` is not a list of texts", hint=f"write {FORMS}")
+        raise InputError(
+            f"{what}: `{given}` is not a list of texts", hint=f"write {FORMS}; in YAML, put `no` in quotes"
+        )
     return texts
 
 

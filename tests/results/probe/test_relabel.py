@@ -33,8 +33,8 @@ CLASSES = ["cat", "dog", "red"]
 
 
 @pytest.fixture
-def out(finished: Finished, tmp_path: Path) -> str:
-    return copy_of(finished.root / "out", tmp_path / "out")
+def out(words_run: Finished, tmp_path: Path) -> str:
+    return copy_of(words_run.root / "out", tmp_path / "out")
 
 
 def expected(model: Any, root: Path, prompts: list[str]) -> dict[str, np.ndarray]:
@@ -54,12 +54,12 @@ def expected(model: Any, root: Path, prompts: list[str]) -> dict[str, np.ndarray
     return scores
 
 
-def test_scores_are_those_of_the_reference(finished: Finished, out: str) -> None:
+def test_scores_are_those_of_the_reference(words_run: Finished, out: str) -> None:
     made = relabel(out, CLASSES, top_k=2, name="words+mine")
     assert (made.model, made.rows, made.parts, made.parts_now) == ("words+mine", IMAGES, 3, 3)
     rows, theirs = (
         rows_of(out, "words+mine"),
-        expected(finished.model, finished.root, [f"a photo of a {name}." for name in CLASSES]),
+        expected(words_run.model, words_run.root, [f"a photo of a {name}." for name in CLASSES]),
     )
     assert [row["key"] for row in rows] == [row["key"] for row in rows_of(out, "words")] and len(rows) == IMAGES
     for row in rows:
@@ -72,8 +72,8 @@ def test_scores_are_those_of_the_reference(finished: Finished, out: str) -> None
     assert verify(out) == []
 
 
-def test_a_class_of_several_prompts_has_the_mean_of_their_directions(finished: Finished, out: str) -> None:
-    root = finished.root
+def test_a_class_of_several_prompts_has_the_mean_of_their_directions(words_run: Finished, out: str) -> None:
+    root = words_run.root
     relabel(out, {"pet": ["a cat", "a {}", "the dog"], "red": "red"}, name="several")
     text = load_model(str(root / "ckpt")).text
     unit = torch.nn.functional.normalize(text(["a cat", "a pet", "the dog", "red"]), dim=1)
@@ -98,18 +98,18 @@ def test_prompts_name_the_partition_and_a_threshold_empties_lists(out: str) -> N
 
 
 def test_no_image_and_no_checkpoint_of_images_is_read(
-    finished: Finished, out: str, monkeypatch: pytest.MonkeyPatch
+    words_run: Finished, out: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from img2parquet.read.folder import Folder
 
     monkeypatch.setattr(Folder, "read", lambda *_: pytest.fail("read a part"))
     monkeypatch.setattr("img2parquet.inference.steps.decode", lambda *_: pytest.fail("decoded an image"))
-    moved = finished.root.parent / "inputs-elsewhere"
-    (finished.root / "in").rename(moved)
+    moved = words_run.root.parent / "inputs-elsewhere"
+    (words_run.root / "in").rename(moved)
     try:
         assert relabel(out, CLASSES).rows == IMAGES
     finally:
-        moved.rename(finished.root / "in")
+        moved.rename(words_run.root / "in")
 
 
 def test_it_resumes_after_any_part(out: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -134,8 +134,8 @@ def test_it_resumes_after_any_part(out: str, monkeypatch: pytest.MonkeyPatch) ->
     assert verify(out) == []
 
 
-def test_evaluate_report_and_exports_take_it(finished: Finished, tmp_path: Path) -> None:
-    root = finished.root
+def test_evaluate_report_and_exports_take_it(words_run: Finished, tmp_path: Path) -> None:
+    root = words_run.root
     out = copy_of(root / "out", tmp_path / "out")
     partition = relabel(out, CLASSES).model
     truths = {row["key"]: row["labels"][0]["name"] for row in rows_of(out, partition)}
@@ -144,7 +144,7 @@ def test_evaluate_report_and_exports_take_it(finished: Finished, tmp_path: Path)
     [page] = img2parquet.report(out, tmp_path / "report.html")
     assert partition in page.read_text() and "a photo of a dog." in page.read_text()
     field = pq.read_schema(part_paths(out, partition)[0]).field("labels")
-    is_clip = finished.model.config.model_type == "clip"
+    is_clip = words_run.model.config.model_type == "clip"
     assert (field.metadata or {}).get(b"scores") == (None if is_clip else b"sigmoid")
     with pytest.raises(InputError):
         evaluate(out, "no such column", partition)
@@ -152,7 +152,7 @@ def test_evaluate_report_and_exports_take_it(finished: Finished, tmp_path: Path)
 
 def test_the_command(out: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "classes.yaml"
-    file.write_text("cat: [a cat, the cat]\nno: a photo of nothing\n")
+    file.write_text("cat: [a cat, the cat]\n'no': a photo of nothing\n")
     assert main(["relabel", out, "--prompts", str(file), "--name", "by-file", "--json"]) == 0
     said = json.loads(capsys.readouterr().out)
     assert (said["model"], said["classes"], said["rows"]) == ("by-file", ["cat", "no"], IMAGES)
@@ -195,7 +195,7 @@ def test_prompts_that_cannot_be_used(prompts: Any, settings: dict[str, Any], sai
     assert not Path(out, "_derived").exists()
 
 
-@pytest.mark.parametrize("text", ["cat: [a cat\n", "3", "a: {b: c}"])
+@pytest.mark.parametrize("text", ["cat: [a cat\n", "3", "a: {b: c}", "no: a cat", "[cat, no]"])
 def test_files_that_cannot_be_used(text: str, tmp_path: Path) -> None:
     file = tmp_path / "classes.yaml"
     file.write_text(text)
@@ -203,19 +203,19 @@ def test_files_that_cannot_be_used(text: str, tmp_path: Path) -> None:
         class_prompts(str(file))
 
 
-def test_models_and_vectors_that_know_no_words(finished: Finished, tmp_path: Path) -> None:
+def test_models_and_vectors_that_know_no_words(words_run: Finished, tmp_path: Path) -> None:
     plain = copy_of(small_run(), tmp_path / "plain")
     with pytest.raises(OutputUnavailable, match=r"`tiny` \(levit\) has no text tower"):
         relabel(plain, CLASSES)
-    root = finished.root
+    root = words_run.root
     for n, (settings, said) in enumerate([({"pool": "tower"}, "pool: tower"), ({"dtype": "binary"}, "only the signs")]):
         driver.run(job_of(root, tmp_path / f"out-{n}", **settings), "local")
         with pytest.raises(OutputUnavailable, match=said):
             relabel(str(tmp_path / f"out-{n}"), CLASSES)
 
 
-def test_a_checkpoint_without_its_tokenizer(finished: Finished, out: str, tmp_path: Path) -> None:
-    shutil.copytree(finished.root / "ckpt", tmp_path / "moved")
+def test_a_checkpoint_without_its_tokenizer(words_run: Finished, out: str, tmp_path: Path) -> None:
+    shutil.copytree(words_run.root / "ckpt", tmp_path / "moved")
     assert relabel(out, CLASSES, checkpoint=str(tmp_path / "moved")).rows == IMAGES
     (tmp_path / "moved" / "tokenizer.json").unlink()
     with pytest.raises(CheckpointError, match=r"no tokenizer\.json"):

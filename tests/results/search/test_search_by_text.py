@@ -48,8 +48,8 @@ def order(keys: list[str], scores: np.ndarray) -> list[str]:
     return [keys[i] for i in np.argsort(-scores, kind="stable")]
 
 
-def test_ranks_are_brute_force_with_the_reference_s_texts(finished: Finished) -> None:
-    model, root = finished.model, finished.root
+def test_ranks_are_brute_force_with_the_reference_s_texts(words_run: Finished) -> None:
+    model, root = words_run.model, words_run.root
     out = str(root / "out")
     keys, unit = units(out)
     texts = text_units(model, root, ["a cat", "red dog", "a dog"])
@@ -68,8 +68,8 @@ def test_ranks_are_brute_force_with_the_reference_s_texts(finished: Finished) ->
     assert [hit.key for hit in image.hits] == order(keys, unit @ (unit[3] + texts[0]))
 
 
-def test_the_index_serves_words_and_a_filter_goes_without_it(finished: Finished, tmp_path: Path) -> None:
-    out = copy_of(finished.root / "out", tmp_path / "out")
+def test_the_index_serves_words_and_a_filter_goes_without_it(words_run: Finished, tmp_path: Path) -> None:
+    out = copy_of(words_run.root / "out", tmp_path / "out")
     img2parquet.build_index(out)
     by_index, exact = search(out, text="a cat", k=4), search(out, text="a cat", k=4, exact=True)
     assert by_index.how == "index" and by_index.hits == exact.hits
@@ -81,11 +81,11 @@ def test_the_index_serves_words_and_a_filter_goes_without_it(finished: Finished,
 
 
 def test_the_command_and_its_page(
-    finished: Finished,
+    words_run: Finished,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    out, page = str(finished.root / "out"), tmp_path / "found.html"
+    out, page = str(words_run.root / "out"), tmp_path / "found.html"
     words = ["--text", "a <b>cat", "--not", "a dog", "--where", "width > 1"]
     assert main(["search", out, *words, "-k", "2", "--json", "--html", str(page)]) == 0
     assert len(capsys.readouterr().out.splitlines()) == 2
@@ -109,10 +109,10 @@ def test_queries_that_are_refused(
     settings: dict[str, Any],
     error: type[Exception],
     said: str,
-    finished: Finished,
+    words_run: Finished,
 ) -> None:
     with pytest.raises(error, match=said):
-        search(str(finished.root / "out"), **settings)
+        search(str(words_run.root / "out"), **settings)
 
 
 def test_a_model_without_words() -> None:
