@@ -89,14 +89,14 @@ def command(job: Mapping[str, object], folder: Path, *options: str) -> subproces
 def test_a_finished_job_starts_no_runner(shards: str, checkpoint: Path, tmp_path: Path) -> None:
     job = job_dict(shards, checkpoint, str(tmp_path / "out"))
     first = command(job, tmp_path)
-    assert first.returncode == 0, first.stderr
-    assert "Running in this process" in first.stderr and "Listing the input" in first.stderr
-    again = command(job, tmp_path, "--runner", "ray")
-    assert again.returncode == 0, again.stderr
-    assert "nothing to do" in again.stdout
-    assert "Loading" not in again.stderr and "Listing" not in again.stderr
+    assert first.returncode == 0, first
+    assert "Listing the input" in first.stderr, first
+    again = command(job, tmp_path, "--runner", "ray")  # ends with 70 if it has imported Ray
+    assert again.returncode == 0, again
+    assert "nothing to do" in again.stdout, again
+    assert "Listing the input" not in again.stderr, again
     other = command({**job, "dtype": "bfloat16"}, tmp_path, "--runner", "ray")
-    assert other.returncode == 2 and 'dtype: "bfloat16", was "float32"' in other.stderr  # it is still compared
+    assert other.returncode == 2 and "bfloat16" in other.stderr, other  # it is still compared
 
 
 def test_a_lost_part_is_made_again_and_other_settings_are_refused(
