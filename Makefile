@@ -58,7 +58,7 @@ fuzz: $(STAMP)  ## 30,000 mutated images, 4,000 shards, 400 jobs and 80,000 runs
 bounds: $(STAMP)  ## measure peak memory of whole jobs: 100,000 images, a 4 GB tar, 80 megapixels (5 minutes, 5 GB)
 	$(BIN)/python -m tests.harness.bounds --out tests/harness/bounds/results/bounds.json
 
-mutation: $(STAMP)  ## put 130 seeded faults into a copy of the package: each is noticed by a test (40 minutes)
+mutation: $(STAMP)  ## put 147 seeded faults into a copy of the package: each is noticed by a test (an hour)
 	$(BIN)/python -m tests.harness.mutation --out tests/harness/mutation/results/mutation.json
 
 bench: $(STAMP)  ## compare the speed of models, decoding and whole jobs with alternatives (an hour)
